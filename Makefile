@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint types wheel
+
+# The stamp is written last: an interrupted installation is taken up again.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[all]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m examples.quickstart
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+# Without build/, which setuptools leaves behind and would read deleted modules from.
+wheel: .venv/installed
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation

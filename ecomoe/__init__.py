@@ -1,0 +1,30 @@
+"""A mixture-of-experts layer whose expert ecology is set by one number and watched as it trains."""
+
+from typing import TYPE_CHECKING, Any
+
+from ecomoe.auxiliary import aux_loss
+from ecomoe.control import Control, control_parameter
+from ecomoe.moe import EcoMoE
+
+if TYPE_CHECKING:
+    __version__: str
+
+__all__ = ["Control", "EcoMoE", "aux_loss", "control_parameter"]
+
+# What needs more than torch loads at first use.
+_LAZY: dict[str, str] = {}
+
+if not TYPE_CHECKING:  # a type checker would take __getattr__ for leave to use any name
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module, metadata
+
+        if name == "__version__":
+            return metadata.version("ecomoe")
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

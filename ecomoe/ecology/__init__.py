@@ -1,0 +1,1 @@
+"""Reading the ecology of experts: statistics, categories, events and the monitor."""
