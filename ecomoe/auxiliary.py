@@ -1,0 +1,254 @@
+"""How auxiliary losses reach the gradient, whoever owns the loss.
+
+There are two ways, and a layer is on one of them at a time:
+
+- *Explicit*: ``loss = task_loss + aux_loss(model)``, for a loop that owns its loss.
+- *Relay*: somebody else owns the loss (a trainer, a criterion outside the model). Each layer's gates
+  pass through an identity function that also holds the layer's auxiliary loss. When the final loss
+  starts its backward pass, its gradient is copied into one cell per layer; the identity's backward
+  hands that cell on as the gradient of the auxiliary loss. So whatever the owner does to the final
+  loss (divide by accumulation steps, scale for fp16, average over ranks) is done to the auxiliary
+  losses too, and the logged loss stays the task loss.
+
+Auxiliary losses are *summed* over layers. A layer that is called several times in one forward pass
+counts once: its calls are averaged, weighted by tokens.
+
+Axes: N tokens, K experts chosen for a token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_UNREAD_CALLS = 1024
+
+_UNREAD = (
+    "the auxiliary losses of an EcoMoE layer were computed but never used, so nothing balances its "
+    "experts: add ecomoe.aux_loss(model) to the loss before backward(), or attach ecomoe.Monitor"
+)
+_REENTRANT = (
+    "the auxiliary losses of an EcoMoE layer are lost under reentrant checkpointing, which computes "
+    "them only inside backward(): use checkpoint(..., use_reentrant=False) or attach ecomoe.Monitor"
+)
+_TWICE = (
+    "ecomoe.aux_loss(model) is 0 here because a Monitor already delivers the auxiliary losses; "
+    "adding both would count them twice: drop one of the two"
+)
+
+
+class AuxiliarySlot:
+    """Where one layer leaves its auxiliary loss.
+
+    It belongs to a run, not to the model: copies and pickles of a layer get an empty one, since a
+    tensor with a graph can be neither copied nor pickled.
+
+    Attributes:
+        terms: The last call's losses by name, detached scalars, before their weights.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.relay: LossRelay | None = None
+        self.cell: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pending: Tensor | None = None
+        self._num_tokens = 0
+        self._num_calls = 0
+        self._read = False
+        self._version: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AuxiliarySlot:
+        return AuxiliarySlot()
+
+    def __reduce__(self) -> tuple[type[AuxiliarySlot], tuple[()]]:
+        return AuxiliarySlot, ()
+
+    def leave(self, weights_NK: Tensor, loss: Tensor, *, version: int | None) -> Tensor:
+        """Take one call's auxiliary loss; return the gates, which carry it where a relay is armed.
+
+        Args:
+            weights_NK: The gates of this call.
+            loss: The call's weighted auxiliary loss, scalar, with its graph.
+            version: A number that changes when the optimizer steps (the version of a parameter), or
+                ``None`` where it cannot be read.
+        """
+        if self.cell is not None and self.tokens is not None:
+            self.tokens.add_(weights_NK.shape[0])
+            return _Carry.apply(weights_NK, loss, self.cell)  # type: ignore[no-any-return]
+        if not torch.compiler.is_compiling() and _inside_backward():
+            if self._pending is None:
+                warnings.warn(_REENTRANT, stacklevel=2)
+            return weights_NK
+        unread = self._pending is not None and not self._read
+        stepped = version != self._version or self._num_calls >= MAX_UNREAD_CALLS
+        if unread and stepped:
+            warnings.warn(_UNREAD, stacklevel=2)
+        if self._read or stepped:
+            self._clear()
+        num_tokens = weights_NK.shape[0]
+        weighted = loss * num_tokens
+        self._pending = weighted if self._pending is None else self._pending + weighted
+        self._num_tokens += num_tokens
+        self._num_calls += 1
+        self._version = version
+        return weights_NK
+
+    def read(self) -> Tensor | None:
+        """Return the token-weighted mean over the calls since the last step, or ``None``."""
+        if self._pending is None:
+            return None
+        self._read = True
+        return self._pending / self._num_tokens
+
+
+class _Carry(torch.autograd.Function):
+    """Identity on the gates whose backward gives ``cell`` times the tokens to the auxiliary loss."""
+
+    @staticmethod
+    def forward(ctx, weights_NK, loss, cell):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cell)
+        return weights_NK.clone()
+
+    @staticmethod
+    def backward(ctx, grad_NK):  # type: ignore[no-untyped-def]
+        (cell,) = ctx.saved_tensors
+        return grad_NK, torch.ops.ecomoe.read_cell(cell, grad_NK), None
+
+
+@torch.library.custom_op("ecomoe::read_cell", mutates_args=())
+def _read_cell(cell: Tensor, grad_NK: Tensor) -> Tensor:
+    """Return the cell times the number of tokens, as it stands once ``grad_NK`` exists.
+
+    An operator of its own, because the compiler may move a plain product, which needs nothing of the
+    backward pass, into the forward pass, where the cell is still empty.
+    """
+    return cell * grad_NK.shape[0]
+
+
+@_read_cell.register_fake
+def _(cell: Tensor, grad_NK: Tensor) -> Tensor:
+    return torch.empty_like(cell)
+
+
+class LossRelay:
+    """Carries the gradient of a final loss to the auxiliary losses of a model's layers.
+
+    Call `begin_forward` before each forward pass of the whole model (a forward pre-hook) and
+    `attach` on its final loss before ``backward()``.
+
+    Args:
+        model: Any module that contains layers with an `AuxiliarySlot`.
+
+    Raises:
+        ValueError: Another relay is armed on the model already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = list(auxiliary_layers(model))
+        taken = [name for name, _, slot in layers if slot.relay is not None]
+        if taken:
+            raise ValueError(
+                f"layer {taken[0]!r} already has its auxiliary losses delivered; a model takes one "
+                "Monitor at a time: close the other one first"
+            )
+        self._slots = [slot for _, _, slot in layers]
+        for _, layer, slot in layers:
+            device = next(layer.parameters()).device
+            slot.relay = self
+            slot.cell = torch.zeros((), dtype=torch.float32, device=device)
+            slot.tokens = torch.zeros((), dtype=torch.float32, device=device)
+        self._spent = True
+        self.num_attached = 0
+
+    def begin_forward(self) -> None:
+        """Start a new count of tokens, unless the last forward still waits for its backward."""
+        if not self._spent:
+            return
+        for slot in self._slots:
+            assert slot.cell is not None and slot.tokens is not None
+            slot.tokens.zero_()
+            slot.cell.data.zero_()
+        self._spent = False
+
+    def attach(self, loss: Tensor, *, weight: float = 1.0) -> None:
+        """Let the gradient of ``loss``, times ``weight``, reach the auxiliary losses.
+
+        Args:
+            loss: The final loss, a scalar. Without a graph (evaluation) nothing happens.
+            weight: What the owner of the loss left out: ``1 / accumulation steps`` where the loss is
+                already normalised over the accumulation window, else 1.
+        """
+        if not loss.requires_grad:
+            return
+        self.num_attached += 1
+        loss.register_hook(lambda grad: self._fill(grad, weight))
+
+    def _fill(self, grad: Tensor, weight: float) -> None:
+        self._spent = True
+        scale = grad.detach().sum() * weight
+        for slot in self._slots:
+            assert slot.cell is not None and slot.tokens is not None
+            share = scale.to(slot.cell) / slot.tokens.clamp_min(1.0)
+            # Through .data: the cell is saved for backward, and must be filled after that.
+            slot.cell.data.copy_(share)
+
+    def close(self) -> None:
+        """Disarm the layers: from here on they are on the explicit way again."""
+        for slot in self._slots:
+            if slot.relay is self:
+                slot.relay = slot.cell = slot.tokens = None
+
+
+def auxiliary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AuxiliarySlot]]:
+    """Yield (name, layer, slot) of every layer of ``model`` that computes auxiliary losses."""
+    for name, module in model.named_modules():
+        slot = getattr(module, "auxiliary", None)
+        if isinstance(slot, AuxiliarySlot):
+            yield name, module, slot
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Return the auxiliary losses of the last forward pass, summed over layers, with their graph.
+
+    For a loop that owns its loss: ``loss = task_loss + ecomoe.aux_loss(model)``. It is 0 in
+    evaluation, and 0 with a warning where a Monitor delivers the losses already. Reading it twice in
+    a step returns the same value.
+
+    Args:
+        model: Any module that contains EcoMoE layers.
+
+    Returns:
+        A scalar, fp32 or wider, on the first layer's device.
+
+    Raises:
+        ValueError: The model has no EcoMoE layer.
+    """
+    layers = list(auxiliary_layers(model))
+    if not layers:
+        raise ValueError(
+            f"model={type(model).__name__} holds no EcoMoE layer, so it has no auxiliary loss; "
+            "convert it first with ecomoe.convert(model, ...)"
+        )
+    device = next(layers[0][1].parameters()).device
+    total = torch.zeros((), device=device)
+    if not torch.compiler.is_compiling() and any(slot.relay for _, _, slot in layers):
+        warnings.warn(_TWICE, stacklevel=2)
+        return total
+    for _, layer, slot in layers:
+        pending = slot.read() if layer.training else None
+        if pending is not None:
+            total = total + pending.to(device)
+    return total
+
+
+def _inside_backward() -> bool:
+    """Whether this runs in a recomputation: a forward pass that ``backward()`` itself started."""
+    return bool(torch._C._current_graph_task_id() != -1)

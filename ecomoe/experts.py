@@ -1,0 +1,235 @@
+"""Tiers of experts, held as stacked weights.
+
+Experts are numbered through: tier 0 first, then tier 1, and so on. The weights of all experts of a
+layer are one tensor per projection, so that there is no module, hook or launch per expert.
+
+Axes: M tokens of a probe, S slots sorted by expert, E experts, D input features, H hidden features,
+F output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecomoe.dispatch import Plan, grouped_linear
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return ``x * sigmoid(1.702 x)``, the approximation of GELU that CLIP uses."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return GELU in its tanh approximation, as GPT-2 uses it."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "identity": lambda x: x,
+}
+
+
+def tier_of_experts(tiers: tuple[int, ...]) -> list[int]:
+    """Return the tier of each expert.
+
+    >>> tier_of_experts((2, 1))
+    [0, 0, 1]
+    """
+    return [tier for tier, size in enumerate(tiers) for _ in range(size)]
+
+
+class ExpertLinear(nn.Module):
+    """One linear map per expert: ``weight`` (E, out, in) and ``bias`` (E, out).
+
+    The 2-D bias is called ``bias`` so that optimizers which spare biases from weight decay find it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw as `nn.Linear` does, each expert for itself: uniform within ``1/sqrt(in)``."""
+        bound = 1.0 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
+        weight_EFD, bias_EF = self.weight, self.bias
+        if torch.is_autocast_enabled(x_SD.device.type):
+            # Operators of our own are not on autocast's list: cast as it does for F.linear.
+            dtype = torch.get_autocast_dtype(x_SD.device.type)
+            x_SD, weight_EFD = x_SD.to(dtype), weight_EFD.to(dtype)
+            bias_EF = None if bias_EF is None else bias_EF.to(dtype)
+        return grouped_linear(x_SD, weight_EFD, bias_EF, ends_E)
+
+    def extra_repr(self) -> str:
+        num_experts, out_features, in_features = self.weight.shape
+        return f"{num_experts} x ({in_features} -> {out_features}), bias={self.bias is not None}"
+
+
+class Experts(nn.Module):
+    """What the layer asks of its experts.
+
+    A forward hook on them sees the slots, the plan and each slot's output before the gates.
+    """
+
+    num_experts: int
+    d_output: int
+
+    def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
+        """Return each slot's output of its own expert, ``(S, F)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x_SD, plan)")
+
+    def all_outputs(self, x_MD: Tensor) -> Tensor:
+        """Return the output of every expert on every token, ``(M, E, F)``; for probes and teachers."""
+        num_tokens = x_MD.shape[0]
+        ids_S = torch.arange(self.num_experts, device=x_MD.device).repeat_interleave(
+            num_tokens, output_size=self.num_experts * num_tokens
+        )
+        ends_E = torch.arange(1, self.num_experts + 1, device=x_MD.device) * num_tokens
+        slots_S = torch.arange(ids_S.shape[0], device=x_MD.device)
+        plan = Plan(slots_S, slots_S, ids_S, ends_E.to(torch.int32))
+        y_SF = self.forward(x_MD.repeat(self.num_experts, 1), plan)
+        return y_SF.view(self.num_experts, num_tokens, -1).transpose(0, 1)
+
+
+class FFNExperts(Experts):
+    """Feed-forward experts, plain ``down(act(up x))`` or gated ``down(act(gate x) * up x)``.
+
+    Weights follow the layout of transformers' experts: ``gate_up_proj`` (E, 2H, D) holds the gate
+    first, then the up projection; ``down_proj`` is (E, F, H).
+
+    Args:
+        d_model: Input features.
+        d_hidden: Hidden features of each expert.
+        num_experts: Number of experts.
+        d_output: Output features; ``d_model`` by default.
+        activation: A name of `ACTIVATIONS`, or a callable on tensors.
+        gated: Whether the hidden layer is gated.
+        bias: Whether projections have biases.
+        dropout: Probability of dropping a hidden feature in training.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        num_experts: int,
+        d_output: int | None = None,
+        activation: str | Activation = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.d_hidden = d_hidden
+        self.d_output = d_model if d_output is None else d_output
+        self.gated = gated
+        self.dropout = dropout
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        first = ExpertLinear(
+            num_experts,
+            d_model,
+            2 * d_hidden if gated else d_hidden,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        if gated:
+            self.gate_up_proj = first
+        else:
+            self.up_proj = first
+        self.down_proj = ExpertLinear(
+            num_experts, d_hidden, self.d_output, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
+        """Return each slot's output of its own expert, ``(S, F)``."""
+        if self.gated:
+            gate_SH, up_SH = self.gate_up_proj(x_SD, plan.ends_E).chunk(2, dim=-1)
+            hidden_SH = self.activation(gate_SH) * up_SH
+        else:
+            hidden_SH = self.activation(self.up_proj(x_SD, plan.ends_E))
+        if self.dropout:
+            hidden_SH = F.dropout(hidden_SH, self.dropout, self.training)
+        return self.down_proj(hidden_SH, plan.ends_E)  # type: ignore[no-any-return]
+
+
+class HeadExperts(Experts):
+    """Linear classifier heads: the E paper's vision experts, over 256 encoded features.
+
+    Args:
+        d_model: Input features.
+        num_classes: Classes, the output features.
+        num_experts: Number of experts.
+        bias: Whether the heads have biases.
+        dropout: Probability of dropping an input feature in training.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_classes: int,
+        *,
+        num_experts: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.d_output = num_classes
+        self.dropout = dropout
+        self.head = ExpertLinear(
+            num_experts, d_model, num_classes, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
+        """Return each slot's class logits from its own expert, ``(S, F)``."""
+        if self.dropout:
+            x_SD = F.dropout(x_SD, self.dropout, self.training)
+        return self.head(x_SD, plan.ends_E)  # type: ignore[no-any-return]

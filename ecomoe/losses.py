@@ -1,0 +1,171 @@
+"""The auxiliary losses, as pure functions of what a router decided.
+
+Every loss is a scalar to be minimised, in nats where it is a divergence, averaged over tokens, and
+without its weight: the layer multiplies and adds.
+
+Axes: N tokens, E experts, K experts chosen for a token (top-k), D features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Shares(NamedTuple):
+    """How the tokens of a batch are spread over E experts; each sums to 1.
+
+    All three are means over tokens, so that data-parallel ranks may average them.
+
+    Attributes:
+        importance_E: Mean of ``softmax(logits)``; carries the gradient.
+        top1_E: Share of tokens whose first choice is the expert.
+        topk_E: Share of all ``N * K`` slots.
+    """
+
+    importance_E: Tensor
+    top1_E: Tensor
+    topk_E: Tensor
+
+
+def expert_shares(expert_ids: Tensor, *, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Return the share of each expert among ``expert_ids`` (any shape), ``(E,)``."""
+    flat_S = expert_ids.reshape(-1)
+    ones_S = torch.ones(flat_S.shape, dtype=dtype, device=flat_S.device)
+    counts_E = torch.zeros(num_experts, dtype=dtype, device=flat_S.device)
+    return counts_E.scatter_add(0, flat_S, ones_S) / max(flat_S.shape[0], 1)
+
+
+def routing_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> Shares:
+    """Return soft importance and hard assignment shares of a batch.
+
+    The importance is taken at temperature 1 on purpose: at a high T ``softmax(logits / T)`` looks
+    uniform while its argmax is concentrated, and a balance loss would see nothing to mend.
+    """
+    num_experts = logits_NE.shape[-1]
+    return Shares(
+        importance_E=torch.softmax(logits_NE, dim=-1).mean(0),
+        top1_E=expert_shares(expert_ids_NK[:, 0], num_experts=num_experts, dtype=logits_NE.dtype),
+        topk_E=expert_shares(expert_ids_NK, num_experts=num_experts, dtype=logits_NE.dtype),
+    )
+
+
+def squared_cv(share_E: Tensor) -> Tensor:
+    """Return the squared coefficient of variation of shares that sum to 1: ``E * sum(s^2) - 1``."""
+    return share_E.numel() * share_E.square().sum() - 1.0
+
+
+def balance_loss(shares: Shares) -> Tensor:
+    """Return how far routing is from uniform: 0 exactly when it is uniform, else positive.
+
+    ``KL(importance || uniform) + (CV^2(top1) + CV^2(topk)) / 2``, section 4.7 of the E paper: a KL
+    term on importance and a variance penalty on assignment counts. Counts have no gradient, so the
+    penalty's value is that of the counts and its gradient flows through the importance
+    (straight-through): ``dCV^2 = 2 E sum(share * d importance)``, twice the Switch Transformer's
+    ``E sum(f P)`` (equation 4 there). Both bases are in it because the taxonomy counts both.
+    """
+    importance_E, top1_E, topk_E = shares
+    num_experts = importance_E.numel()
+    kl = torch.special.xlogy(importance_E, importance_E * num_experts).sum()
+    through_E = importance_E - importance_E.detach()
+    variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
+    return kl + variation / 2
+
+
+def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
+    """Return the entropy of each token's ``softmax(logits / T)``, nats in ``[0, log E]``, ``(N,)``."""
+    log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+    return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
+
+
+def entropy_loss(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
+    """Return how far the mean token entropy is below its maximum, ``log E - H``, nats, >= 0.
+
+    The gradient is that of ``-H``: minimising it keeps the router undecided (section 3.2 of the E
+    paper, where its weight is H).
+    """
+    return math.log(logits_NE.shape[-1]) - token_entropy(logits_NE, temperature=temperature).mean()
+
+
+def oracle_loss(logits_NE: Tensor, teacher_NE: Tensor) -> Tensor:
+    """Return ``KL(teacher || softmax(logits))``, nats, averaged over tokens.
+
+    Args:
+        logits_NE: Router scores.
+        teacher_NE: A distribution over experts for each token; no gradient flows into it.
+    """
+    teacher_NE = teacher_NE.detach()
+    log_probs_NE = torch.log_softmax(logits_NE, dim=-1)
+    per_token_N = torch.special.xlogy(teacher_NE, teacher_NE) - teacher_NE * log_probs_NE
+    return per_token_N.sum(-1).mean()
+
+
+def z_loss(logits_NE: Tensor) -> Tensor:
+    """Return the mean squared log-partition of the router (ST-MoE, equation 5)."""
+    return torch.logsumexp(logits_NE, dim=-1).square().mean()
+
+
+def orthogonality_loss(prototypes_ED: Tensor) -> Tensor:
+    """Return the mean squared cosine between distinct prototypes, in [0, 1]; 0 for one expert."""
+    unit_ED = F.normalize(prototypes_ED, dim=-1)
+    return _mean_squared_off_diagonal(unit_ED @ unit_ED.mT)
+
+
+def divergence_loss(outputs_NKD: Tensor) -> Tensor:
+    """Return the mean squared cosine between outputs of the experts a token chose, in [0, 1].
+
+    Minimising it drives the experts that share a token apart (the orthogonality loss of Guo et al.,
+    2025, which the E paper cites as [7]); 0 where a token has one expert.
+    """
+    unit_NKD = F.normalize(outputs_NKD, dim=-1)
+    return _mean_squared_off_diagonal(unit_NKD @ unit_NKD.mT)
+
+
+def prototype_loss(x_ND: Tensor, prototypes_ED: Tensor, expert_ids_NK: Tensor) -> Tensor:
+    """Return ``1 - cos(x, prototype)`` averaged over tokens and their first choice, in [0, 2].
+
+    It moves each prototype to the centre of its tokens, and only the prototype: ``x`` is detached.
+    """
+    chosen_ND = prototypes_ED.index_select(0, expert_ids_NK[:, 0])
+    return 1.0 - F.cosine_similarity(x_ND.detach(), chosen_ND, dim=-1).mean()
+
+
+def competence_teacher(losses_NE: Tensor, *, sharpness: float = 1.0) -> Tensor:
+    """Return the teacher that prefers the expert of lowest loss: ``softmax(-sharpness * loss)``.
+
+    Args:
+        losses_NE: Task loss (nats) that each expert alone would have on each token.
+        sharpness: Inverse temperature, 1/nats.
+    """
+    return torch.softmax(-sharpness * losses_NE.detach(), dim=-1)
+
+
+def dense_teacher(outputs_NED: Tensor, dense_ND: Tensor, *, sharpness: float = 1.0) -> Tensor:
+    """Return the teacher that prefers the expert nearest to the dense FFN's output.
+
+    Distances are squared, relative to the dense output's mean square, so ``sharpness`` is free of
+    units.
+    """
+    distance_NE = (outputs_NED - dense_ND.unsqueeze(1)).detach().square().mean(-1)
+    scale = dense_ND.detach().square().mean().clamp_min(torch.finfo(dense_ND.dtype).tiny)
+    return torch.softmax(-sharpness * distance_NE / scale, dim=-1)
+
+
+def prototype_teacher(x_ND: Tensor, prototypes_ED: Tensor, *, sharpness: float = 10.0) -> Tensor:
+    """Return the teacher that prefers the expert whose (detached) prototype is nearest in angle."""
+    unit_ND = F.normalize(x_ND.detach(), dim=-1)
+    unit_ED = F.normalize(prototypes_ED.detach(), dim=-1)
+    return torch.softmax(sharpness * (unit_ND @ unit_ED.mT), dim=-1)
+
+
+def _mean_squared_off_diagonal(gram: Tensor) -> Tensor:
+    """Return the mean square off the diagonal of the last two axes; 0 for a 1 x 1 matrix."""
+    size = gram.shape[-1]
+    if size == 1:
+        return gram.sum() * 0.0
+    eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    return (gram * (1.0 - eye)).square().sum((-2, -1)).mean() / (size * (size - 1))

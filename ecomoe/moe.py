@@ -1,0 +1,439 @@
+"""EcoMoE: router, dispatch, experts and auxiliary losses as one drop-in layer.
+
+Axes: N tokens, D input features, E experts, K experts chosen for a token, S = N * K slots sorted by
+expert, M probe tokens, F output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecomoe import losses
+from ecomoe.auxiliary import AuxiliarySlot
+from ecomoe.control import Control
+from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
+from ecomoe.experts import ACTIVATIONS, Activation, Experts, FFNExperts, HeadExperts
+from ecomoe.routers import ROUTERS, keep_wide
+from ecomoe.routing import Routing
+
+Teacher = Callable[[Tensor], Tensor]
+Oracle = Literal["competence", "dense", "prototype"] | Teacher
+
+# A dense teacher runs every expert; on this many tokens of a batch it is cheap and its mean steady.
+MAX_DENSE_TEACHER_TOKENS = 256
+
+
+class EcoMoE(nn.Module):
+    """Sparse mixture of tiered experts in place of a feed-forward block.
+
+    Each token goes to its ``top_k`` best-scored experts; the output is their gate-weighted sum. No
+    token is dropped, nothing waits for the device, and every shape follows from the input's.
+
+    The control parameter ``E = T * H / (O + B)`` (equation 1 of the E paper) is given as a target;
+    the constructor works out the routing temperature T and the entropy weight H from it. While the
+    schedule advances (`set_progress`), T is annealed.
+
+    In training the layer computes its auxiliary losses and leaves them to `ecomoe.aux_loss` or to an
+    attached `ecomoe.Monitor`. Their sum is
+
+    ``strength * (B * balance + H * entropy + O * oracle) + ortho_weight * ortho
+    + divergence_weight * divergence + z_weight * z``.
+
+    It is not a router alone, nor a whole block: residual connection, norm and DropPath stay outside.
+
+    Args:
+        d_model: Input features D, and output features unless ``num_classes`` is given.
+        d_hidden: Hidden features of each expert; ``None`` only with ``num_classes``, where each
+            expert is then one linear head.
+        tiers: Experts in each tier; their sum is the number of experts E.
+        top_k: Experts per token, from 1 to E.
+        target_e: The E to aim at: healthy from 0.5 on, collapse predicted below 0.2.
+        oracle_weight: O, the weight of imitating a teacher's choice of experts.
+        balance_weight: B, the weight of the balance loss.
+        ortho_weight: Weight of the prototypes' orthogonality loss.
+        temperature: Fixes T; H then follows from ``target_e``.
+        entropy_weight: Fixes H; T then follows from ``target_e``.
+        router: ``"mlp"`` (the paper's, D -> 128 -> E) or ``"linear"``.
+        activation: A name (gelu, gelu_tanh, quick_gelu, relu, silu, swish, identity) or a callable.
+        gated: Whether experts are gated (``act(gate x) * up x``).
+        bias: Whether experts have biases.
+        dropout: Probability of dropping a hidden feature of an expert in training.
+        oracle: The teacher that O weighs: ``"competence"`` (heads of lowest loss; needs ``targets``),
+            ``"dense"`` (expert nearest to the ``dense`` module's output), ``"prototype"`` (nearest
+            prototype) or a callable from tokens (N, D) to a distribution over experts (N, E). By
+            default competence where experts have heads, else prototype.
+        dense: The frozen dense block that ``oracle="dense"`` compares with, (N, D) to (N, D).
+        divergence_weight: Weight of the loss that drives apart experts which share a token.
+        z_weight: Weight of the router's z-loss.
+        strength: Factor on O, B and H together. E does not see it, the outcome does.
+        warmup_fraction: Share of training with random routing at the start; 0 for none.
+        num_classes: Makes each expert a classifier with this many outputs.
+        device: As for `nn.Linear`.
+        dtype: Dtype of the experts. The router is fp32 or wider whatever it is.
+
+    Raises:
+        ValueError: An argument breaks its rule; the message names value, rule and remedy.
+    """
+
+    temperature: Tensor
+    random_routing: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int | None = None,
+        *,
+        tiers: tuple[int, ...] = (8, 4, 4),
+        top_k: int = 2,
+        target_e: float = 0.545,
+        oracle_weight: float = 0.0,
+        balance_weight: float = 0.4,
+        ortho_weight: float = 0.0,
+        temperature: float | None = None,
+        entropy_weight: float | None = None,
+        router: str = "mlp",
+        activation: str | Activation = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        oracle: Oracle | None = None,
+        dense: nn.Module | None = None,
+        divergence_weight: float = 0.0,
+        z_weight: float = 0.0,
+        strength: float = 0.1,
+        warmup_fraction: float = 0.0,
+        num_classes: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        tiers = _check_tiers(tiers)
+        _check_size("d_model", d_model)
+        if num_classes is not None:
+            _check_size("num_classes", num_classes)
+        if d_hidden is not None or num_classes is None:
+            _check_size("d_hidden", d_hidden)
+        _check_top_k(top_k, num_experts=sum(tiers))
+        for name, weight in (
+            ("ortho_weight", ortho_weight),
+            ("divergence_weight", divergence_weight),
+            ("z_weight", z_weight),
+            ("strength", strength),
+        ):
+            _check_range(name, weight, low=0.0, high=math.inf)
+        _check_range("dropout", dropout, low=0.0, high=1.0)
+        _check_range("warmup_fraction", warmup_fraction, low=0.0, high=1.0)
+        _check_choice("router", router, ROUTERS)
+        if not callable(activation):
+            _check_choice("activation", activation, ACTIVATIONS)
+        for name, flag in (("gated", gated), ("bias", bias)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}={flag!r} must be True or False; pass a bool")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype={dtype} must be a floating dtype; pass e.g. torch.bfloat16")
+        if d_hidden is None and (gated or activation != "gelu"):
+            raise ValueError(
+                f"gated={gated} and activation={activation!r} have no effect on linear heads; "
+                "leave them out, or give d_hidden"
+            )
+
+        self.d_model = d_model
+        self.d_hidden = d_hidden
+        self.num_classes = num_classes
+        self.tiers = tiers
+        self.num_experts = sum(tiers)
+        self.top_k = top_k
+        self.control = Control.from_target(
+            target_e,
+            oracle_weight=oracle_weight,
+            balance_weight=balance_weight,
+            temperature=temperature,
+            entropy_weight=entropy_weight,
+        )
+        self.strength = strength
+        self.ortho_weight = ortho_weight
+        self.divergence_weight = divergence_weight
+        self.z_weight = z_weight
+        self.warmup_fraction = warmup_fraction
+        self.oracle = self._check_oracle(oracle, dense)
+
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.router = ROUTERS[router](
+            d_model, num_experts=self.num_experts, top_k=top_k, device=device, dtype=wide
+        )
+        self.experts: Experts
+        if d_hidden is None:
+            assert num_classes is not None
+            self.experts = HeadExperts(
+                d_model,
+                num_classes,
+                num_experts=self.num_experts,
+                bias=bias,
+                dropout=dropout,
+                device=device,
+                dtype=dtype,
+            )
+        else:
+            self.experts = FFNExperts(
+                d_model,
+                d_hidden,
+                num_experts=self.num_experts,
+                d_output=num_classes,
+                activation=activation,
+                gated=gated,
+                bias=bias,
+                dropout=dropout,
+                device=device,
+                dtype=dtype,
+            )
+        # Prototypes exist only where a loss trains them: a parameter without a gradient breaks DDP.
+        self.prototypes: nn.Parameter | None = None
+        if ortho_weight > 0 or self.oracle == "prototype":
+            self.prototypes = nn.Parameter(
+                torch.empty(self.num_experts, d_model, device=device, dtype=wide)
+            )
+            nn.init.normal_(self.prototypes, std=d_model**-0.5)
+        self.dense = dense.requires_grad_(False) if dense is not None else None
+        # Persistent: a saved model must come back with the temperature its gates were trained at.
+        self.register_buffer("temperature", torch.empty((), dtype=torch.float32, device=device))
+        self.random_routing = None
+        if warmup_fraction > 0:
+            del self.random_routing
+            self.register_buffer("random_routing", torch.empty((), dtype=torch.bool, device=device))
+        self.set_progress(0.0)
+        self.auxiliary = AuxiliarySlot()
+
+    def set_progress(self, progress: float) -> None:
+        """Set the schedule to a share of training done: anneals T and ends the random warm-up.
+
+        Args:
+            progress: Share of all optimizer steps already taken, in [0, 1]; 0 at the start.
+        """
+        self.temperature.fill_(self.control.temperature_at(progress))
+        if self.random_routing is not None:
+            self.random_routing.fill_(progress < self.warmup_fraction)
+
+    def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
+        """Map ``(..., d_model)`` to ``(..., d_model)``, or to ``(..., num_classes)`` with heads.
+
+        Args:
+            x: Tokens of any floating dtype that the experts' weights have (or under autocast).
+            targets: Class ids of the tokens, ``(...)``; only the competence teacher reads them.
+
+        Raises:
+            ValueError: A shape or dtype does not fit.
+        """
+        self._check_input(x)
+        x_ND = x.reshape(-1, self.d_model)
+        random_routing = self.random_routing if self.training else None
+        routing: Routing = self.router(x_ND, self.temperature, random_routing)
+        plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
+        x_SD = scatter_to_experts(x_ND, plan, top_k=self.top_k)
+        y_NKF = unsort_slots(self.experts(x_SD, plan), plan, top_k=self.top_k)
+        weights_NK = routing.weights_NK
+        if self.training and torch.is_grad_enabled() and x_ND.shape[0] > 0:
+            terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets)
+            if terms:
+                self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
+                weights_NK = self.auxiliary.leave(
+                    weights_NK, self._weigh(terms), version=self._step_version()
+                )
+        y_NF = combine(y_NKF, weights_NK).to(x.dtype)
+        return y_NF.view(*x.shape[:-1], self.experts.d_output)
+
+    def auxiliary_terms(
+        self, x_ND: Tensor, routing: Routing, y_NKF: Tensor, targets: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the auxiliary losses of a call by name, scalars before their weights.
+
+        A loss whose weight is 0 is not computed.
+        """
+        logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
+        control = self.control
+        terms = {}
+        if control.balance_weight > 0 and self.strength > 0:
+            terms["balance"] = losses.balance_loss(losses.routing_shares(logits_NE, expert_ids_NK))
+        if control.entropy_weight > 0 and self.strength > 0:
+            terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature)
+        if control.oracle_weight > 0 and self.strength > 0:
+            terms["oracle"] = self._oracle_loss(x_ND, logits_NE, targets)
+        if self.prototypes is not None:
+            wide_ND = x_ND.to(self.prototypes.dtype)
+            terms["prototype"] = losses.prototype_loss(wide_ND, self.prototypes, expert_ids_NK)
+        if self.ortho_weight > 0:
+            assert self.prototypes is not None
+            terms["ortho"] = losses.orthogonality_loss(self.prototypes)
+        if self.divergence_weight > 0:
+            terms["divergence"] = losses.divergence_loss(y_NKF.to(logits_NE.dtype))
+        if self.z_weight > 0:
+            terms["z"] = losses.z_loss(logits_NE)
+        return terms
+
+    def term_weights(self) -> dict[str, float]:
+        """Return the factor of each auxiliary loss in the total, by name."""
+        return {
+            "balance": self.strength * self.control.balance_weight,
+            "entropy": self.strength * self.control.entropy_weight,
+            "oracle": self.strength * self.control.oracle_weight,
+            # Reaches the prototypes alone, and nothing else reaches them but ortho: 1 is a choice of
+            # their learning rate, no trade-off against another loss.
+            "prototype": 1.0,
+            "ortho": self.ortho_weight,
+            "divergence": self.divergence_weight,
+            "z": self.z_weight,
+        }
+
+    def _weigh(self, terms: dict[str, Tensor]) -> Tensor:
+        weights = self.term_weights()
+        total = torch.zeros((), dtype=torch.float32, device=self.temperature.device)
+        for name, term in terms.items():
+            total = total + weights[name] * term
+        return total
+
+    def _oracle_loss(self, x_ND: Tensor, logits_NE: Tensor, targets: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            if self.oracle == "competence":
+                teacher_NE = self._competence_teacher(x_ND, targets)
+            elif self.oracle == "dense":
+                # Evenly spaced tokens, not random ones: evaluation and resuming stay reproducible.
+                stride = -(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS)
+                x_ND, logits_NE = x_ND[::stride], logits_NE[::stride]
+                assert self.dense is not None
+                teacher_NE = losses.dense_teacher(
+                    self.experts.all_outputs(x_ND).to(logits_NE.dtype),
+                    self.dense(x_ND).to(logits_NE.dtype),
+                )
+            elif self.oracle == "prototype":
+                assert self.prototypes is not None
+                teacher_NE = losses.prototype_teacher(
+                    x_ND.to(self.prototypes.dtype), self.prototypes
+                )
+            else:
+                assert callable(self.oracle)
+                teacher_NE = self.oracle(x_ND)
+                if teacher_NE.shape != logits_NE.shape:
+                    raise ValueError(
+                        f"oracle returned shape {tuple(teacher_NE.shape)}; it must give one "
+                        f"distribution over experts per token, {tuple(logits_NE.shape)}"
+                    )
+        return losses.oracle_loss(logits_NE, teacher_NE)
+
+    def _competence_teacher(self, x_ND: Tensor, targets: Tensor | None) -> Tensor:
+        if targets is None:
+            raise ValueError(
+                "targets=None, but oracle='competence' compares the experts' losses on them; call "
+                "layer(x, targets=labels) in training, or choose oracle='prototype'"
+            )
+        if targets.numel() != x_ND.shape[0]:
+            raise ValueError(
+                f"targets has {targets.numel()} entries for {x_ND.shape[0]} tokens; it must hold "
+                "one class id per token"
+            )
+        outputs_NEF = self.experts.all_outputs(x_ND).float()
+        targets_NE = targets.reshape(-1, 1).expand(-1, self.num_experts)
+        losses_NE = F.cross_entropy(outputs_NEF.transpose(1, 2), targets_NE, reduction="none")
+        return losses.competence_teacher(losses_NE)
+
+    def _step_version(self) -> int | None:
+        """Return a number that changes with each optimizer step; costs no synchronisation."""
+        if torch.compiler.is_compiling():
+            return None
+        return next(self.router.parameters())._version
+
+    def _check_oracle(self, oracle: Oracle | None, dense: nn.Module | None) -> Oracle | None:
+        has_heads = self.num_classes is not None
+        if oracle == "dense" and dense is None:
+            raise ValueError(
+                "dense=None, but oracle='dense' compares experts with a dense block; pass "
+                "dense=<the block>, or choose oracle='prototype'"
+            )
+        if oracle != "dense" and dense is not None:
+            raise ValueError(
+                f"dense is given, but oracle={oracle!r} does not read it; set oracle='dense'"
+            )
+        if oracle == "competence" and not has_heads:
+            raise ValueError(
+                "oracle='competence' needs experts with heads; give num_classes, or choose "
+                "oracle='prototype'"
+            )
+        if oracle is not None and not callable(oracle):
+            _check_choice("oracle", oracle, ("competence", "dense", "prototype"))
+        if self.control.oracle_weight == 0:
+            if oracle is not None:
+                raise ValueError(
+                    f"oracle={oracle!r} has no effect at oracle_weight=0; give oracle_weight > 0"
+                )
+            return None
+        if oracle is not None:
+            return oracle
+        return "competence" if has_heads else "prototype"
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last axis must be d_model={self.d_model}: "
+                "move the channels last"
+            )
+        weight = next(self.experts.parameters())
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x has dtype {x.dtype}, the experts have {weight.dtype}; cast one of them, or run "
+                "under torch.autocast"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # The schedule's temperature and the prototypes are as wide as the router.
+        own = keep_wide(fn)
+        for module in self.children():
+            module._apply(fn)
+        super()._apply(own, recurse=False)
+        return self
+
+    def extra_repr(self) -> str:
+        control = self.control
+        return (
+            f"d_model={self.d_model}, d_hidden={self.d_hidden}, tiers={self.tiers}, "
+            f"top_k={self.top_k}, E={control.e:.3f} (T={control.temperature:.3g}, "
+            f"H={control.entropy_weight:.3g}, O={control.oracle_weight:g}, "
+            f"B={control.balance_weight:g}), strength={self.strength:g}"
+        )
+
+
+def _check_tiers(tiers: object) -> tuple[int, ...]:
+    sizes = tuple(tiers) if isinstance(tiers, (tuple, list)) else ()
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(
+            f"tiers={tiers!r} must be a non-empty tuple of positive ints; pass e.g. (8, 4, 4), or "
+            "(16,) for a flat layer"
+        )
+    return sizes
+
+
+def _check_size(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r} must be an int >= 1; pass the number of features")
+
+
+def _check_top_k(top_k: object, *, num_experts: int) -> None:
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError(f"top_k={top_k!r} must be an int >= 1; pass the experts per token")
+    if top_k > num_experts:
+        raise ValueError(f"top_k={top_k} must be <= num_experts={num_experts}; lower top_k")
+
+
+def _check_range(name: str, value: object, *, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value < high:  # type: ignore[operator]
+        bound = "a finite number" if high == math.inf else f"a number below {high:g}"
+        raise ValueError(f"{name}={value!r} must be {bound} and >= {low:g}; change {name}")
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; pick one of these")

@@ -1,0 +1,85 @@
+"""From router logits to a routing decision.
+
+Pure functions on tensors, and the record that every router returns.
+
+Axes: N tokens, E experts, K experts chosen for a token (top-k).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What a router decided for N tokens.
+
+    Attributes:
+        logits_NE: Router scores, fp32 or wider.
+        probs_NE: ``softmax(logits / T)``, shares of 1.
+        expert_ids_NK: The chosen experts, int64, best first.
+        weights_NK: Gate weights of the chosen experts, non-negative, summing to 1 for a token.
+    """
+
+    logits_NE: Tensor
+    probs_NE: Tensor
+    expert_ids_NK: Tensor
+    weights_NK: Tensor
+
+
+def top_k_experts(scores_NE: Tensor, *, top_k: int) -> Tensor:
+    """Return the ids of the ``top_k`` best-scored experts of each token, best first, ``(N, K)``."""
+    return scores_NE.topk(top_k, dim=-1).indices
+
+
+def random_experts(like_NE: Tensor, *, top_k: int) -> Tensor:
+    """Return ``top_k`` distinct experts per token, uniformly at random, ``(N, K)``.
+
+    Draws from the global generator of the tensor's device, so ``torch.manual_seed`` reproduces it.
+    """
+    return torch.rand_like(like_NE).topk(top_k, dim=-1).indices
+
+
+def gate_weights(logits_NE: Tensor, expert_ids_NK: Tensor, *, temperature: Tensor) -> Tensor:
+    """Return the gates of the chosen experts: ``softmax(logits / T)`` over the chosen ones.
+
+    With one expert a token the gate is always 1 and would carry no gradient to the router. There the
+    straight-through form ``p / stop_gradient(p)`` is used: its value is 1, its gradient that of
+    ``log p``, so that the task still teaches the router.
+    """
+    if expert_ids_NK.shape[-1] == 1:
+        log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+        log_prob_N1 = log_probs_NE.gather(-1, expert_ids_NK)
+        return (log_prob_N1 - log_prob_N1.detach()).exp()
+    return torch.softmax(logits_NE.gather(-1, expert_ids_NK) / temperature, dim=-1)
+
+
+def route(
+    logits_NE: Tensor,
+    *,
+    top_k: int,
+    temperature: Tensor,
+    random_routing: Tensor | None = None,
+) -> Routing:
+    """Choose ``top_k`` experts for each token and weigh them.
+
+    A positive temperature cannot change which experts are chosen, only their gate weights.
+
+    Args:
+        logits_NE: Router scores, fp32 or wider.
+        top_k: Experts per token, from 1 to E.
+        temperature: Scalar tensor T > 0 (on the device, so that annealing never recompiles).
+        random_routing: Scalar bool tensor, true during the random-routing warm-up, when experts are
+            drawn uniformly with gates of ``1/top_k`` (section 3.4 of the E paper); ``None`` where
+            there is no warm-up, and then no random number is drawn.
+    """
+    probs_NE = torch.softmax(logits_NE / temperature, dim=-1)
+    expert_ids_NK = top_k_experts(logits_NE, top_k=top_k)
+    weights_NK = gate_weights(logits_NE, expert_ids_NK, temperature=temperature)
+    if random_routing is not None:
+        random_ids_NK = random_experts(logits_NE, top_k=top_k)
+        expert_ids_NK = torch.where(random_routing, random_ids_NK, expert_ids_NK)
+        weights_NK = torch.where(random_routing, 1.0 / top_k, weights_NK)
+    return Routing(logits_NE, probs_NE, expert_ids_NK, weights_NK)
