@@ -3,8 +3,8 @@
 There are two ways, and a layer is on one of them at a time:
 
 - *Explicit*: ``loss = task_loss + aux_loss(model)``, for a loop that owns its loss.
-- *Relay*: somebody else owns the loss (a trainer, a criterion outside the model). Each layer's gates
-  pass through an identity function that also holds the layer's auxiliary loss. When the final loss
+- *Relay*: somebody else owns the loss (a trainer, a criterion outside the model). Each layer's
+  gates pass through an identity function that also holds its auxiliary loss. When the final loss
   starts its backward pass, its gradient is copied into one cell per layer; the identity's backward
   hands that cell on as the gradient of the auxiliary loss. So whatever the owner does to the final
   loss (divide by accumulation steps, scale for fp16, average over ranks) is done to the auxiliary
@@ -32,8 +32,8 @@ _UNREAD = (
     "experts: add ecomoe.aux_loss(model) to the loss before backward(), or attach ecomoe.Monitor"
 )
 _REENTRANT = (
-    "the auxiliary losses of an EcoMoE layer are lost under reentrant checkpointing, which computes "
-    "them only inside backward(): use checkpoint(..., use_reentrant=False) or attach ecomoe.Monitor"
+    "the auxiliary losses of an EcoMoE layer are lost under reentrant checkpointing, which "
+    "computes them only inside backward(): use checkpoint(..., use_reentrant=False) or attach ecomoe.Monitor"
 )
 _TWICE = (
     "ecomoe.aux_loss(model) is 0 here because a Monitor already delivers the auxiliary losses; "
@@ -110,7 +110,7 @@ class AuxiliarySlot:
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on the gates whose backward gives ``cell`` times the tokens to the auxiliary loss."""
+    """Identity on the gates; its backward gives ``cell`` times the tokens to the auxiliary loss."""
 
     @staticmethod
     def forward(ctx, weights_NK, loss, cell):  # type: ignore[no-untyped-def]
@@ -127,8 +127,8 @@ class _Carry(torch.autograd.Function):
 def _read_cell(cell: Tensor, grad_NK: Tensor) -> Tensor:
     """Return the cell times the number of tokens, as it stands once ``grad_NK`` exists.
 
-    An operator of its own, because the compiler may move a plain product, which needs nothing of the
-    backward pass, into the forward pass, where the cell is still empty.
+    An operator of its own, because the compiler may move a plain product, which needs nothing of
+    the backward pass, into the forward pass, where the cell is still empty.
     """
     return cell * grad_NK.shape[0]
 
@@ -173,7 +173,8 @@ class LossRelay:
         if not self._spent:
             return
         for slot in self._slots:
-            assert slot.cell is not None and slot.tokens is not None
+            assert slot.cell is not None
+            assert slot.tokens is not None
             slot.tokens.zero_()
             slot.cell.data.zero_()
         self._spent = False
@@ -183,8 +184,8 @@ class LossRelay:
 
         Args:
             loss: The final loss, a scalar. Without a graph (evaluation) nothing happens.
-            weight: What the owner of the loss left out: ``1 / accumulation steps`` where the loss is
-                already normalised over the accumulation window, else 1.
+            weight: What the owner of the loss left out: ``1 / accumulation steps`` where the loss
+                is already normalised over the accumulation window, else 1.
         """
         if not loss.requires_grad:
             return
@@ -195,7 +196,8 @@ class LossRelay:
         self._spent = True
         scale = grad.detach().sum() * weight
         for slot in self._slots:
-            assert slot.cell is not None and slot.tokens is not None
+            assert slot.cell is not None
+            assert slot.tokens is not None
             share = scale.to(slot.cell) / slot.tokens.clamp_min(1.0)
             # Through .data: the cell is saved for backward, and must be filled after that.
             slot.cell.data.copy_(share)
@@ -219,8 +221,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Return the auxiliary losses of the last forward pass, summed over layers, with their graph.
 
     For a loop that owns its loss: ``loss = task_loss + ecomoe.aux_loss(model)``. It is 0 in
-    evaluation, and 0 with a warning where a Monitor delivers the losses already. Reading it twice in
-    a step returns the same value.
+    evaluation, and 0 with a warning where a Monitor delivers the losses already. Reading it twice
+    in a step returns the same value.
 
     Args:
         model: Any module that contains EcoMoE layers.

@@ -116,7 +116,8 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad_SD, inverse_S, index_S), None, None
 
 
-# --- the grouped linear map as one operator ---------------------------------------------------------
+# The grouped linear map as one operator.
+#
 # F.grouped_mm alone has no bias, no fp64, wants rows on multiples of 16 bytes, and under
 # torch.compile takes bf16 only. As an operator of our own the same call works for all of them, and
 # the compiler sees one opaque node with fixed shapes.

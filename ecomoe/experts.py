@@ -89,7 +89,8 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
-        weight_EFD, bias_EF = self.weight, self.bias
+        weight_EFD: Tensor = self.weight
+        bias_EF: Tensor | None = self.bias
         if torch.is_autocast_enabled(x_SD.device.type):
             # Operators of our own are not on autocast's list: cast as it does for F.linear.
             dtype = torch.get_autocast_dtype(x_SD.device.type)
@@ -98,6 +99,7 @@ class ExpertLinear(nn.Module):
         return grouped_linear(x_SD, weight_EFD, bias_EF, ends_E)
 
     def extra_repr(self) -> str:
+        """Show sizes when printed."""
         num_experts, out_features, in_features = self.weight.shape
         return f"{num_experts} x ({in_features} -> {out_features}), bias={self.bias is not None}"
 
@@ -116,7 +118,7 @@ class Experts(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(x_SD, plan)")
 
     def all_outputs(self, x_MD: Tensor) -> Tensor:
-        """Return the output of every expert on every token, ``(M, E, F)``; for probes and teachers."""
+        """Return every expert's output on every token, ``(M, E, F)``; for probes and teachers."""
         num_tokens = x_MD.shape[0]
         ids_S = torch.arange(self.num_experts, device=x_MD.device).repeat_interleave(
             num_tokens, output_size=self.num_experts * num_tokens

@@ -70,14 +70,14 @@ def balance_loss(shares: Shares) -> Tensor:
     """
     importance_E, top1_E, topk_E = shares
     num_experts = importance_E.numel()
-    kl = torch.special.xlogy(importance_E, importance_E * num_experts).sum()
+    kl: Tensor = torch.special.xlogy(importance_E, importance_E * num_experts).sum()
     through_E = importance_E - importance_E.detach()
     variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
     return kl + variation / 2
 
 
 def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
-    """Return the entropy of each token's ``softmax(logits / T)``, nats in ``[0, log E]``, ``(N,)``."""
+    """Return each token's entropy of ``softmax(logits / T)``, nats in ``[0, log E]``, ``(N,)``."""
     log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
     return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
 

@@ -39,13 +39,13 @@ class EcoMoE(nn.Module):
     the constructor works out the routing temperature T and the entropy weight H from it. While the
     schedule advances (`set_progress`), T is annealed.
 
-    In training the layer computes its auxiliary losses and leaves them to `ecomoe.aux_loss` or to an
-    attached `ecomoe.Monitor`. Their sum is
+    In training the layer computes its auxiliary losses and leaves them to `ecomoe.aux_loss` or to
+    an attached `ecomoe.Monitor`. Their sum is
 
     ``strength * (B * balance + H * entropy + O * oracle) + ortho_weight * ortho
     + divergence_weight * divergence + z_weight * z``.
 
-    It is not a router alone, nor a whole block: residual connection, norm and DropPath stay outside.
+    It is neither a router alone nor a whole block: residual, norm and DropPath stay outside.
 
     Args:
         d_model: Input features D, and output features unless ``num_classes`` is given.
@@ -64,8 +64,8 @@ class EcoMoE(nn.Module):
         gated: Whether experts are gated (``act(gate x) * up x``).
         bias: Whether experts have biases.
         dropout: Probability of dropping a hidden feature of an expert in training.
-        oracle: The teacher that O weighs: ``"competence"`` (heads of lowest loss; needs ``targets``),
-            ``"dense"`` (expert nearest to the ``dense`` module's output), ``"prototype"`` (nearest
+        oracle: The teacher that O weighs: ``"competence"`` (heads of lowest loss; needs
+            ``targets``), ``"dense"`` (expert nearest to the ``dense`` module's output), ``"prototype"`` (nearest
             prototype) or a callable from tokens (N, D) to a distribution over experts (N, E). By
             default competence where experts have heads, else prototype.
         dense: The frozen dense block that ``oracle="dense"`` compares with, (N, D) to (N, D).
@@ -281,8 +281,8 @@ class EcoMoE(nn.Module):
             "balance": self.strength * self.control.balance_weight,
             "entropy": self.strength * self.control.entropy_weight,
             "oracle": self.strength * self.control.oracle_weight,
-            # Reaches the prototypes alone, and nothing else reaches them but ortho: 1 is a choice of
-            # their learning rate, no trade-off against another loss.
+            # Reaches the prototypes alone, and nothing else reaches them but ortho: 1 is a choice
+            # of their learning rate, no trade-off against another loss.
             "prototype": 1.0,
             "ortho": self.ortho_weight,
             "divergence": self.divergence_weight,
@@ -391,11 +391,12 @@ class EcoMoE(nn.Module):
         # The schedule's temperature and the prototypes are as wide as the router.
         own = keep_wide(fn)
         for module in self.children():
-            module._apply(fn)
+            module._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(own, recurse=False)
         return self
 
     def extra_repr(self) -> str:
+        """Show sizes and the control parameter when printed."""
         control = self.control
         return (
             f"d_model={self.d_model}, d_hidden={self.d_hidden}, tiers={self.tiers}, "

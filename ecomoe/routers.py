@@ -52,6 +52,7 @@ class Router(nn.Module):
         return super()._apply(keep_wide(fn), recurse)
 
     def extra_repr(self) -> str:
+        """Show sizes when printed."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
@@ -71,7 +72,7 @@ def keep_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class Affine(nn.Module):
-    """``x W^T + b`` that is no `nn.Linear`, so that quantisers and adapters leave the router alone."""
+    """``x W^T + b``, but no `nn.Linear`: quantisers and adapters leave the router alone."""
 
     def __init__(
         self,

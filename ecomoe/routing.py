@@ -45,8 +45,8 @@ def random_experts(like_NE: Tensor, *, top_k: int) -> Tensor:
 def gate_weights(logits_NE: Tensor, expert_ids_NK: Tensor, *, temperature: Tensor) -> Tensor:
     """Return the gates of the chosen experts: ``softmax(logits / T)`` over the chosen ones.
 
-    With one expert a token the gate is always 1 and would carry no gradient to the router. There the
-    straight-through form ``p / stop_gradient(p)`` is used: its value is 1, its gradient that of
+    With one expert a token the gate is always 1 and would carry no gradient to the router. There
+    the straight-through form ``p / stop_gradient(p)`` is used: its value is 1, its gradient that of
     ``log p``, so that the task still teaches the router.
     """
     if expert_ids_NK.shape[-1] == 1:
