@@ -33,7 +33,8 @@ _UNREAD = (
 )
 _REENTRANT = (
     "the auxiliary losses of an EcoMoE layer are lost under reentrant checkpointing, which "
-    "computes them only inside backward(): use checkpoint(..., use_reentrant=False) or attach ecomoe.Monitor"
+    "computes them only inside backward(): use checkpoint(..., use_reentrant=False) or attach "
+    "ecomoe.Monitor"
 )
 _TWICE = (
     "ecomoe.aux_loss(model) is 0 here because a Monitor already delivers the auxiliary losses; "

@@ -73,7 +73,8 @@ def balance_loss(shares: Shares) -> Tensor:
     kl: Tensor = torch.special.xlogy(importance_E, importance_E * num_experts).sum()
     through_E = importance_E - importance_E.detach()
     variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
-    return kl + variation / 2
+    loss: Tensor = kl + variation / 2
+    return loss
 
 
 def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
@@ -100,8 +101,8 @@ def oracle_loss(logits_NE: Tensor, teacher_NE: Tensor) -> Tensor:
     """
     teacher_NE = teacher_NE.detach()
     log_probs_NE = torch.log_softmax(logits_NE, dim=-1)
-    per_token_N = torch.special.xlogy(teacher_NE, teacher_NE) - teacher_NE * log_probs_NE
-    return per_token_N.sum(-1).mean()
+    per_token_NE: Tensor = torch.special.xlogy(teacher_NE, teacher_NE) - teacher_NE * log_probs_NE
+    return per_token_NE.sum(-1).mean()
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ class EcoMoE(nn.Module):
         bias: Whether experts have biases.
         dropout: Probability of dropping a hidden feature of an expert in training.
         oracle: The teacher that O weighs: ``"competence"`` (heads of lowest loss; needs
-            ``targets``), ``"dense"`` (expert nearest to the ``dense`` module's output), ``"prototype"`` (nearest
-            prototype) or a callable from tokens (N, D) to a distribution over experts (N, E). By
-            default competence where experts have heads, else prototype.
+            ``targets``), ``"dense"`` (expert nearest to the ``dense`` module's output),
+            ``"prototype"`` (nearest prototype) or a callable from tokens (N, D) to a distribution
+            over experts (N, E). By default competence where experts have heads, else prototype.
         dense: The frozen dense block that ``oracle="dense"`` compares with, (N, D) to (N, D).
         divergence_weight: Weight of the loss that drives apart experts which share a token.
         z_weight: Weight of the router's z-loss.
@@ -391,8 +391,8 @@ class EcoMoE(nn.Module):
         # The schedule's temperature and the prototypes are as wide as the router.
         own = keep_wide(fn)
         for module in self.children():
-            module._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(own, recurse=False)
+            module._apply(fn)
+        super()._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

@@ -49,7 +49,7 @@ class Router(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_wide(fn), recurse)
+        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Show sizes when printed."""
