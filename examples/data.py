@@ -1,0 +1,142 @@
+"""Images and text to train on: your own files, a hub name, or what every machine already has.
+
+Without a source, images are scikit-learn's handwritten digits and text is the Python standard
+library's own source code, read as bytes.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAX_IMAGES = 12_000
+MAX_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Images:
+    """Classified images in [-1, 1], ``(B, C, H, W)``, and their labels, ``(B,)``."""
+
+    name: str
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text as bytes, ``(length,)`` int64 in [0, 255]."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+
+
+def load(sources: list[str]) -> tuple[Images, Text]:
+    """Return images and text from ``sources``, each with its default where no source holds it.
+
+    A source is a folder or file of parquet images, a text file, or the name of a hub data set.
+    """
+    images, text = None, None
+    for source in sources:
+        path = Path(source)
+        if path.is_dir() and any(path.rglob("*.parquet")):
+            images = _parquet_images(path)
+        elif path.suffix == ".parquet" and path.is_file():
+            images = _parquet_images(path.parent)
+        elif path.is_file():
+            text = _split_text(path.name, path.read_bytes())
+        elif path.exists():
+            raise ValueError(
+                f"--data {source} is a folder without parquet files; name a folder with train and "
+                "test parquet files, or one text file"
+            )
+        else:
+            loaded = _from_hub(source)
+            if isinstance(loaded, Images):
+                images = loaded
+            else:
+                text = loaded
+    return images or digits(), text or standard_library()
+
+
+def digits() -> Images:
+    """Return scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, a fifth of them for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
+    labels = torch.tensor(bunch.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:360], order[360:]
+    return Images(
+        name="handwritten digits",
+        train=(images[train], labels[train]),
+        test=(images[test], labels[test]),
+        classes=[str(digit) for digit in range(10)],
+    )
+
+
+def standard_library() -> Text:
+    """Return the source of the running Python's standard library, its top-level modules."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return _split_text("Python standard library", b"".join(file.read_bytes() for file in files))
+
+
+def _split_text(name: str, content: bytes) -> Text:
+    data = torch.frombuffer(bytearray(content[:MAX_BYTES]), dtype=torch.uint8).long()
+    if len(data) < 20_000:
+        raise ValueError(
+            f"--data {name} holds {len(data)} bytes; training needs at least 20,000: give a longer "
+            "text"
+        )
+    cut = len(data) * 9 // 10
+    return Text(name, data[:cut], data[cut:])
+
+
+def _parquet_images(folder: Path) -> Images:
+    from datasets import load_dataset
+
+    files = {}
+    for split in ("train", "test"):
+        found = sorted(str(file) for file in folder.rglob(f"*{split}*.parquet"))
+        if not found:
+            raise ValueError(f"--data {folder} has no *{split}*.parquet; it needs train and test")
+        files[split] = found
+    parts = load_dataset("parquet", data_files=files)
+    return _images(folder.name, parts["train"], parts["test"])
+
+
+def _from_hub(name: str) -> Images | Text:
+    from datasets import load_dataset
+
+    try:
+        parts = load_dataset(name)
+    except Exception as error:
+        raise ValueError(
+            f"--data {name} is no file, no folder, and could not be loaded from the hub ({error}); "
+            "check the spelling, or leave --data out"
+        ) from error
+    test = parts["test"] if "test" in parts else parts["validation"]
+    if "text" in test.features:
+        lines = "\n".join([*parts["train"]["text"], *test["text"]])
+        return _split_text(name, lines.encode())
+    return _images(name, parts["train"], test)
+
+
+def _images(name: str, train, test) -> Images:  # type: ignore[no-untyped-def]
+    label_key = next(key for key in ("label", "labels", "fine_label") if key in train.features)
+    image_key = next(key for key in ("image", "img") if key in train.features)
+    label = train.features[label_key]
+    classes = getattr(label, "names", None) or [str(c) for c in sorted(set(train[label_key]))]
+
+    def tensors(part) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        part = part.select(range(min(len(part), MAX_IMAGES))).with_format("torch")
+        stacked = torch.stack([image for image in part[image_key]]).float() / 127.5 - 1.0
+        return stacked, torch.as_tensor(part[label_key])
+
+    return Images(name, tensors(train), tensors(test), list(classes))
