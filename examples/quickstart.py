@@ -1,4 +1,4 @@
-"""Convert a timm ViT and a transformers GPT-2, train both, and read what their experts live through.
+"""Convert a ViT of timm and a GPT-2 of transformers, train both, and read their ecology.
 
     python -m examples.quickstart
     python -m examples.quickstart --data path/to/cifar10 --data path/to/text.txt
