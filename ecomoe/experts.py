@@ -133,6 +133,9 @@ class Experts(nn.Module):
 class FFNExperts(Experts):
     """Feed-forward experts, plain ``down(act(up x))`` or gated ``down(act(gate x) * up x)``.
 
+    Dropout, then a norm where there is one, stand before the down projection. The experts share
+    the norm, and an activation that has parameters.
+
     Weights follow the layout of transformers' experts: ``gate_up_proj`` (E, 2H, D) holds the gate
     first, then the up projection; ``down_proj`` is (E, F, H).
 
@@ -141,10 +144,11 @@ class FFNExperts(Experts):
         d_hidden: Hidden features of each expert.
         num_experts: Number of experts.
         d_output: Output features; ``d_model`` by default.
-        activation: A name of `ACTIVATIONS`, or a callable on tensors.
+        activation: A name of `ACTIVATIONS`, or a callable on tensors, which may be a module.
         gated: Whether the hidden layer is gated.
         bias: Whether projections have biases.
         dropout: Probability of dropping a hidden feature in training.
+        norm: A module over the hidden features, from (S, H) to (S, H).
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
     """
@@ -160,6 +164,7 @@ class FFNExperts(Experts):
         gated: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
+        norm: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -170,6 +175,7 @@ class FFNExperts(Experts):
         self.gated = gated
         self.dropout = dropout
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.norm = norm
         first = ExpertLinear(
             num_experts,
             d_model,
@@ -195,6 +201,8 @@ class FFNExperts(Experts):
             hidden_SH = self.activation(self.up_proj(x_SD, plan.ends_E))
         if self.dropout:
             hidden_SH = F.dropout(hidden_SH, self.dropout, self.training)
+        if self.norm is not None:
+            hidden_SH = self.norm(hidden_SH)
         return self.down_proj(hidden_SH, plan.ends_E)  # type: ignore[no-any-return]
 
 

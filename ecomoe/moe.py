@@ -18,7 +18,14 @@ from ecomoe import losses
 from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
-from ecomoe.experts import ACTIVATIONS, Activation, Experts, FFNExperts, HeadExperts
+from ecomoe.experts import (
+    ACTIVATIONS,
+    Activation,
+    ExpertLinear,
+    Experts,
+    FFNExperts,
+    HeadExperts,
+)
 from ecomoe.routers import ROUTERS, keep_wide
 from ecomoe.routing import Routing
 
@@ -48,7 +55,7 @@ class EcoMoE(nn.Module):
     It is neither a router alone nor a whole block: residual, norm and DropPath stay outside.
 
     Args:
-        d_model: Input features D, and output features unless ``num_classes`` is given.
+        d_model: Input features D, and output features F unless another argument says otherwise.
         d_hidden: Hidden features of each expert; ``None`` only with ``num_classes``, where each
             expert is then one linear head.
         tiers: Experts in each tier; their sum is the number of experts E.
@@ -64,6 +71,9 @@ class EcoMoE(nn.Module):
         gated: Whether experts are gated (``act(gate x) * up x``).
         bias: Whether experts have biases.
         dropout: Probability of dropping a hidden feature of an expert in training.
+        output_dropout: Probability of dropping an output feature of the layer in training.
+        hidden_norm: A module over the experts' hidden features, before the last projection.
+        d_output: Output features F where they differ from ``d_model``.
         oracle: The teacher that O weighs: ``"competence"`` (heads of lowest loss; needs
             ``targets``), ``"dense"`` (expert nearest to the ``dense`` module's output),
             ``"prototype"`` (nearest prototype) or a callable from tokens (N, D) to a distribution
@@ -102,6 +112,9 @@ class EcoMoE(nn.Module):
         gated: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        hidden_norm: nn.Module | None = None,
+        d_output: int | None = None,
         oracle: Oracle | None = None,
         dense: nn.Module | None = None,
         divergence_weight: float = 0.0,
@@ -119,6 +132,13 @@ class EcoMoE(nn.Module):
             _check_size("num_classes", num_classes)
         if d_hidden is not None or num_classes is None:
             _check_size("d_hidden", d_hidden)
+        if d_output is not None:
+            _check_size("d_output", d_output)
+            if num_classes is not None:
+                raise ValueError(
+                    f"d_output={d_output} and num_classes={num_classes} both set the output "
+                    "features; leave one out"
+                )
         _check_top_k(top_k, num_experts=sum(tiers))
         for name, weight in (
             ("ortho_weight", ortho_weight),
@@ -128,6 +148,7 @@ class EcoMoE(nn.Module):
         ):
             _check_range(name, weight, low=0.0, high=math.inf)
         _check_range("dropout", dropout, low=0.0, high=1.0)
+        _check_range("output_dropout", output_dropout, low=0.0, high=1.0)
         _check_range("warmup_fraction", warmup_fraction, low=0.0, high=1.0)
         _check_choice("router", router, ROUTERS)
         if not callable(activation):
@@ -137,10 +158,10 @@ class EcoMoE(nn.Module):
                 raise ValueError(f"{name}={flag!r} must be True or False; pass a bool")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype} must be a floating dtype; pass e.g. torch.bfloat16")
-        if d_hidden is None and (gated or activation != "gelu"):
+        if d_hidden is None and (gated or activation != "gelu" or hidden_norm is not None):
             raise ValueError(
-                f"gated={gated} and activation={activation!r} have no effect on linear heads; "
-                "leave them out, or give d_hidden"
+                f"gated={gated}, activation={activation!r} and hidden_norm={hidden_norm!r} have no "
+                "effect on linear heads; leave them out, or give d_hidden"
             )
 
         self.d_model = d_model
@@ -157,6 +178,7 @@ class EcoMoE(nn.Module):
             entropy_weight=entropy_weight,
         )
         self.strength = strength
+        self.output_dropout = output_dropout
         self.ortho_weight = ortho_weight
         self.divergence_weight = divergence_weight
         self.z_weight = z_weight
@@ -184,11 +206,12 @@ class EcoMoE(nn.Module):
                 d_model,
                 d_hidden,
                 num_experts=self.num_experts,
-                d_output=num_classes,
+                d_output=num_classes if num_classes is not None else d_output,
                 activation=activation,
                 gated=gated,
                 bias=bias,
                 dropout=dropout,
+                norm=hidden_norm,
                 device=device,
                 dtype=dtype,
             )
@@ -198,7 +221,6 @@ class EcoMoE(nn.Module):
             self.prototypes = nn.Parameter(
                 torch.empty(self.num_experts, d_model, device=device, dtype=wide)
             )
-            nn.init.normal_(self.prototypes, std=d_model**-0.5)
         self.dense = dense.requires_grad_(False) if dense is not None else None
         # Persistent: a saved model must come back with the temperature its gates were trained at.
         self.register_buffer("temperature", torch.empty((), dtype=torch.float32, device=device))
@@ -206,8 +228,21 @@ class EcoMoE(nn.Module):
         if warmup_fraction > 0:
             del self.random_routing
             self.register_buffer("random_routing", torch.empty((), dtype=torch.bool, device=device))
-        self.set_progress(0.0)
         self.auxiliary = AuxiliarySlot()
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters and go back to the start of the schedule."""
+        self.router.reset_parameters()
+        for module in self.experts.modules():
+            if isinstance(module, ExpertLinear):
+                module.reset_parameters()
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.prototypes is not None:
+            nn.init.normal_(self.prototypes, std=self.d_model**-0.5)
+        self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
         """Set the schedule to a share of training done: anneals T and ends the random warm-up.
@@ -220,7 +255,7 @@ class EcoMoE(nn.Module):
             self.random_routing.fill_(progress < self.warmup_fraction)
 
     def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
-        """Map ``(..., d_model)`` to ``(..., d_model)``, or to ``(..., num_classes)`` with heads.
+        """Map ``(..., d_model)`` to ``(..., F)``, where F is ``d_model`` unless set otherwise.
 
         Args:
             x: Tokens of any floating dtype that the experts' weights have (or under autocast).
@@ -245,6 +280,8 @@ class EcoMoE(nn.Module):
                     weights_NK, self._weigh(terms), version=self._step_version()
                 )
         y_NF = combine(y_NKF, weights_NK).to(x.dtype)
+        if self.output_dropout:
+            y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
 
     def auxiliary_terms(
