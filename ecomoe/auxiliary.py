@@ -19,11 +19,13 @@ Axes: N tokens, K experts chosen for a token.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 MAX_UNREAD_CALLS = 1024
 
@@ -55,8 +57,8 @@ class AuxiliarySlot:
     def __init__(self) -> None:
         self.terms: dict[str, Tensor] = {}
         self.relay: LossRelay | None = None
-        self.cell: Tensor | None = None
-        self.tokens: Tensor | None = None
+        self.cell: Tensor | None = None  # the gradient of one token's auxiliary loss
+        self.tokens: Tensor | None = None  # tokens of the calls since the last backward pass
         self._clear()
 
     def _clear(self) -> None:
@@ -142,11 +144,21 @@ def _(cell: Tensor, grad_NK: Tensor) -> Tensor:
 class LossRelay:
     """Carries the gradient of a final loss to the auxiliary losses of a model's layers.
 
-    Call `begin_forward` before each forward pass of the whole model (a forward pre-hook) and
-    `attach` on its final loss before ``backward()``.
+    `watch` the module that the loop calls, and `attach` each final loss before ``backward()``.
+
+    What is exact: over a window of gradient accumulation and over data-parallel ranks, the
+    auxiliary gradient is the mean of what the micro-batches give. For equally large micro-batches
+    that equals one big batch for every loss that is a mean over tokens or a function of parameters
+    alone (entropy, oracle, z, divergence, prototype, ortho). The balance loss is none of these: it
+    is a nonlinear function of a batch's means, so it balances each micro-batch, which is a little
+    more than balancing the window. The difference falls as 1 over the tokens in a micro-batch:
+    BOUND.
 
     Args:
         model: Any module that contains layers with an `AuxiliarySlot`.
+
+    Attributes:
+        num_attached: Final losses attached so far.
 
     Raises:
         ValueError: Another relay is armed on the model already.
@@ -161,17 +173,36 @@ class LossRelay:
                 "Monitor at a time: close the other one first"
             )
         self._slots = [slot for _, _, slot in layers]
+        self._hooks: list[RemovableHandle] = []
         for _, layer, slot in layers:
             device = next(layer.parameters()).device
             slot.relay = self
             slot.cell = torch.zeros((), dtype=torch.float32, device=device)
             slot.tokens = torch.zeros((), dtype=torch.float32, device=device)
+            count = ForwardHook(partial(self._count_unrecorded, slot))
+            self._hooks.append(layer.register_forward_pre_hook(count, with_kwargs=True))
         self._spent = True
+        self._in_recorded_forward = True
         self.num_attached = 0
 
+    def watch(self, module: nn.Module) -> None:
+        """Call `begin_forward` before each forward pass of ``module``, until `close`.
+
+        Args:
+            module: What the training loop calls: the model, or what wraps it. A compiled model is
+                watched from outside, since hooks inside it become part of the graph.
+        """
+        hook = ForwardHook(lambda *_: self.begin_forward())
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
     def begin_forward(self) -> None:
-        """Start a new count of tokens, unless the last forward still waits for its backward."""
-        if not self._spent:
+        """Start a new count of tokens, unless the last forward still waits for its backward.
+
+        A forward pass without gradients is none that a backward pass belongs to, and changes
+        nothing.
+        """
+        self._in_recorded_forward = torch.is_grad_enabled()
+        if not self._spent or not self._in_recorded_forward:
             return
         for slot in self._slots:
             assert slot.cell is not None
@@ -185,8 +216,8 @@ class LossRelay:
 
         Args:
             loss: The final loss, a scalar. Without a graph (evaluation) nothing happens.
-            weight: What the owner of the loss left out: ``1 / accumulation steps`` where the loss
-                is already normalised over the accumulation window, else 1.
+            weight: What the owner of the loss left out: ``1 / accumulation steps`` where nothing
+                after this call divides the loss by them, else 1.
         """
         if not loss.requires_grad:
             return
@@ -203,11 +234,103 @@ class LossRelay:
             # Through .data: the cell is saved for backward, and must be filled after that.
             slot.cell.data.copy_(share)
 
+    def _count_unrecorded(
+        self, slot: AuxiliarySlot, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Count the tokens of a call whose graph only ``backward()`` will build.
+
+        Under reentrant checkpointing the forward pass runs without gradients, so the layer does
+        not leave its loss there; but how many tokens there were in all must be known before the
+        first of its calls is computed again.
+        """
+        if layer.training and not torch.is_grad_enabled() and self._in_recorded_forward:
+            x = args[0] if args else kwargs["x"]
+            assert slot.tokens is not None
+            slot.tokens.add_(x.numel() // max(x.shape[-1], 1))
+
     def close(self) -> None:
         """Disarm the layers: from here on they are on the explicit way again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         for slot in self._slots:
             if slot.relay is self:
                 slot.relay = slot.cell = slot.tokens = None
+
+
+class ForwardHook:
+    """A hook on a module that stays behind when the module is copied or pickled.
+
+    Copies of a model (an average of its weights, a checkpoint) are not part of the run; and what a
+    hook holds on to (a trainer, tensors with a graph) can often be neither copied nor pickled.
+
+    Args:
+        action: Called with what torch hands to the hook; ``None`` does nothing.
+    """
+
+    def __init__(self, action: Callable[..., Any] | None = None) -> None:
+        self.action = action
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the action."""
+        return None if self.action is None else self.action(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        return ForwardHook()
+
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
+        return ForwardHook, ()
+
+
+class TermMeans:
+    """Averages the auxiliary losses of a model's layers by name, for a log.
+
+    Sums stay on the device; `compute` waits for it once. A layer called several times in one
+    forward pass is represented by its last call. Nothing is reduced over ranks.
+
+    Args:
+        model: Any module that contains EcoMoE layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = list(auxiliary_layers(model))
+        self._sums: dict[tuple[tuple[int, str], ...], tuple[Tensor, int]] = {}
+
+    def add(self) -> None:
+        """Take the losses of the last forward pass."""
+        found = [
+            ((index, name), term)
+            for index, (_, _, slot) in enumerate(self._layers)
+            for name, term in slot.terms.items()
+        ]
+        if not found:
+            return
+        # One stack and one addition, however many layers there are.
+        keys = tuple(key for key, _ in found)
+        device = found[0][1].device
+        values = torch.stack([term.to(device, torch.float32) for _, term in found])
+        total, count = self._sums.get(keys, (torch.zeros_like(values), 0))
+        self._sums[keys] = (total + values, count + 1)
+
+    def compute(self) -> dict[str, float]:
+        """Return the means since the last call by name, and start anew; empty if there are none.
+
+        Each loss is averaged over layers and forward passes, before its weight. ``total`` is what
+        was added to the task loss: weighted, summed over layers, averaged over forward passes.
+        """
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        weighted, passes = 0.0, 0
+        for keys, (values, count) in self._sums.items():
+            passes += count
+            for (index, name), value in zip(keys, values.tolist(), strict=True):
+                layer: Any = self._layers[index][1]
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + count
+                weighted += layer.term_weights()[name] * value
+        self._sums.clear()
+        means = {name: value / counts[name] for name, value in sums.items()}
+        return {**means, "total": weighted / passes} if means else {}
 
 
 def auxiliary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AuxiliarySlot]]:

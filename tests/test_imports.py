@@ -21,7 +21,8 @@ LAYERS = [
     {"routers", "experts", "distributed"},
     {"auxiliary"},
     {"moe"},
-    {"convert"},
+    {"upcycle"},
+    {"convert", "schedule"},
     {"ecology"},
     {"ecology.statistics"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
@@ -29,7 +30,12 @@ LAYERS = [
     {"ecology.report", "ecology.sinks"},
     {"ecology.monitor"},
     {"ecomoe"},
-    {"integrations", "integrations.huggingface", "integrations.timm"},
+    {
+        "integrations",
+        "integrations.huggingface",
+        "integrations.timm",
+        "integrations.trainer",
+    },
     {"cli"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
