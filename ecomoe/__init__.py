@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from ecomoe.auxiliary import aux_loss
 from ecomoe.control import Control, control_parameter
+from ecomoe.convert import convert
 from ecomoe.moe import EcoMoE
 
 if TYPE_CHECKING:
     __version__: str
 
-__all__ = ["Control", "EcoMoE", "aux_loss", "control_parameter"]
+__all__ = ["Control", "EcoMoE", "aux_loss", "control_parameter", "convert"]
 
 # What needs more than torch loads at first use.
 _LAZY: dict[str, str] = {}

@@ -1,0 +1,571 @@
+"""Put EcoMoE layers in the place of a model's dense feed-forward blocks.
+
+Three steps: find the blocks (an adapter per library knows its classes by name), validate
+everything, replace. Until the last check has passed nothing is changed, and a failure while
+replacing is undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ecomoe.experts import FFNExperts
+from ecomoe.moe import EcoMoE, Oracle
+from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, Projection, fill_experts
+
+LayerFilter = Callable[[str, nn.Module], bool]
+Layers = int | str | LayerFilter | Sequence[int | str] | None
+Model = TypeVar("Model", bound=nn.Module)
+
+# Libraries whose models can be converted, by the first name of their classes' modules.
+_ADAPTERS = {
+    "timm": "ecomoe.integrations.timm",
+    "transformers": "ecomoe.integrations.huggingface",
+}
+
+
+class ChannelsFirst(EcoMoE):
+    """The layer where features are axis 1, as in images (B, D, height, width)."""
+
+    def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
+        """Map ``(B, d_model, ...)`` to ``(B, F, ...)``."""
+        y = super().forward(x.movedim(1, -1), targets=targets).movedim(-1, 1)
+        # As a 1x1 convolution does: the input's memory layout is the output's.
+        return y.contiguous() if x.is_contiguous() else y
+
+
+class AddsResidual(EcoMoE):
+    """The layer where the block itself adds the residual: ``layer(x, residual)``."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, *, targets: Tensor | None = None
+    ) -> Tensor:
+        """Return ``residual + layer(x)``; shapes as in `EcoMoE.forward`."""
+        return residual + super().forward(x, targets=targets)
+
+
+class Refused(ValueError):
+    """A block that cannot become a mixture of experts; the message says why."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Site:
+    """A dense block and how a layer takes its place, in names relative to a module.
+
+    Attributes:
+        ffn: The block, taken apart.
+        seat: Name of the submodule that the layer replaces; "" for the module itself.
+        layer: How the layer is called there.
+        emptied: Names of submodules that become `nn.Identity`: the block's further parts, where
+            its parts are called one by one from outside.
+        zeroed: Names of dropout probabilities of the module that become 0, because the layer now
+            applies them.
+    """
+
+    ffn: DenseFFN
+    seat: str = ""
+    layer: type[EcoMoE] = EcoMoE
+    emptied: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A `Site` with its place in a model.
+
+    Attributes:
+        name: Name of the submodule that the layer replaces.
+        owner: Name of the module that the site's names are relative to.
+        module: That module.
+        site: The site.
+    """
+
+    name: str
+    owner: str
+    module: nn.Module
+    site: Site
+
+
+def convert(
+    model: Model,
+    *,
+    target_e: float = 0.545,
+    tiers: tuple[int, ...] = (8, 4, 4),
+    top_k: int = 2,
+    layers: Layers = None,
+    init: Init = "upcycle",
+    init_amount: float | None = None,
+    expert_width: float = 1.0,
+    oracle_weight: float = 0.0,
+    balance_weight: float = 0.4,
+    ortho_weight: float = 0.0,
+    temperature: float | None = None,
+    entropy_weight: float | None = None,
+    router: str = "mlp",
+    oracle: Oracle | None = None,
+    divergence_weight: float = 0.0,
+    z_weight: float = 0.0,
+    strength: float = 0.1,
+    warmup_fraction: float = 0.0,
+    verbose: bool = True,
+) -> Model:
+    """Replace a model's feed-forward blocks by EcoMoE layers, in place.
+
+    What is token-wise in a block (activation, dropouts, a norm of its hidden features) goes into
+    the layer; what stands around it (residual, LayerScale, DropPath, outer norms) stays. Device,
+    dtype, training mode and frozen weights are kept. A model on the meta device converts too.
+
+    Args:
+        model: A model of timm or transformers, or one that contains blocks of theirs.
+        target_e: See `EcoMoE`, as for every argument not described here.
+        tiers: See `EcoMoE`.
+        top_k: See `EcoMoE`.
+        layers: Which blocks, in the model's order: ``None`` for all; ``"every other"`` for the
+            second, fourth, ...; an index or several, negative ones from the end; a glob on module
+            names or several (``"blocks.*.mlp"``); or a function of (name, module).
+        init: How experts start. ``"upcycle"``: exact copies of the dense block, so that the
+            converted model computes what the dense one did (at ``expert_width >= 1``). ``"noise"``:
+            copies plus noise. ``"partial"``: copies with a share of hidden features drawn afresh
+            (Drop-Upcycling). ``"random"``: drawn afresh.
+        init_amount: For noise, its standard deviation over that of the weights, 0.01 by default;
+            for partial, the share of hidden features drawn afresh, 0.5 by default.
+        expert_width: Hidden features of an expert over those of the dense block. Below 1 the
+            experts are pieces of the block: the output equals the dense one in expectation only.
+        oracle_weight: See `EcoMoE`.
+        balance_weight: See `EcoMoE`.
+        ortho_weight: See `EcoMoE`.
+        temperature: See `EcoMoE`.
+        entropy_weight: See `EcoMoE`.
+        router: See `EcoMoE`.
+        oracle: See `EcoMoE`; ``"dense"`` compares with a frozen copy of the dense block.
+        divergence_weight: See `EcoMoE`.
+        z_weight: See `EcoMoE`.
+        strength: See `EcoMoE`.
+        warmup_fraction: See `EcoMoE`.
+        verbose: Whether to print what was done.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        ValueError: An argument breaks its rule, there is nothing to replace, or a chosen block
+            cannot be a mixture of experts. The model is as it was.
+    """
+    _check_module(model)
+    amount = _check_init(init, init_amount)
+    _check_expert_width(expert_width)
+    found, refused = find_blocks(model)
+    chosen = select_blocks(model, found, refused, layers)
+    settings: dict[str, Any] = {
+        "tiers": tiers,
+        "top_k": top_k,
+        "target_e": target_e,
+        "oracle_weight": oracle_weight,
+        "balance_weight": balance_weight,
+        "ortho_weight": ortho_weight,
+        "temperature": temperature,
+        "entropy_weight": entropy_weight,
+        "router": router,
+        "oracle": oracle,
+        "divergence_weight": divergence_weight,
+        "z_weight": z_weight,
+        "strength": strength,
+        "warmup_fraction": warmup_fraction,
+    }
+    planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
+    before = Cost.of(model, dense=chosen)
+    _replace(model, planned, init=init, amount=amount)
+    if verbose:
+        print(_summary(before, Cost.of(model, layers=planned), planned, found, refused))
+    return model
+
+
+def find_blocks(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
+    """Find the feed-forward blocks of a model, in its order.
+
+    Returns:
+        The blocks that can be replaced; and the names of those that cannot, with the reason.
+    """
+    roots = {cls.__module__.partition(".")[0] for m in model.modules() for cls in type(m).__mro__}
+    adapters = [import_module(path) for root, path in _ADAPTERS.items() if root in roots]
+    found: list[Found] = []
+    refused: dict[str, str] = {}
+    for owner, module in model.named_modules():
+        for adapter in adapters:
+            try:
+                site: Site | None = adapter.recognise(owner, module)
+            except Refused as reason:
+                refused[owner] = str(reason)
+                continue
+            if site is not None and owner + site.seat:
+                name = ".".join(part for part in (owner, site.seat) if part)
+                found.append(Found(name, owner, module, site))
+    return found, refused
+
+
+def class_rule(
+    rules: Mapping[str, Callable[..., Site]], module: nn.Module, *, root: str
+) -> Callable[..., Site] | None:
+    """Return the rule for a module's class, for an adapter.
+
+    A subclass follows its base's rule unless it has a ``forward`` of its own.
+
+    Args:
+        rules: Rules by the name of a class, qualified as far as it takes to be the only one.
+        module: Any module.
+        root: The library that the class must come from.
+    """
+    for cls in type(module).__mro__:
+        forward = getattr(cls, "forward", None)
+        if cls.__module__.partition(".")[0] == root and forward is type(module).forward:
+            path = f"{cls.__module__}.{cls.__qualname__}".split(".")
+            for start in range(1, len(path)):
+                rule = rules.get(".".join(path[start:]))
+                if rule is not None:
+                    return rule
+    return None
+
+
+def linear_map(linear: Any) -> Projection:
+    """Take the weights of an `nn.Linear`, or of a convolution that is one at each pixel.
+
+    Raises:
+        Refused: It is neither.
+    """
+    plain = any(
+        isinstance(linear, cls) and type(linear).forward is cls.forward
+        for cls in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    )
+    if isinstance(linear, (nn.Conv1d, nn.Conv2d)):
+        ones = (*linear.kernel_size, *linear.stride, linear.groups)
+        plain = plain and set(ones) == {1} and not any(linear.padding)
+    if not plain or isinstance(linear.weight, nn.parameter.UninitializedParameter):
+        raise Refused(
+            f"its {type(linear).__name__} is no plain linear map; merge or unwrap what was put in"
+        )
+    return Projection.of(linear.weight.flatten(1), linear.bias)
+
+
+def select_blocks(
+    model: nn.Module, found: list[Found], refused: Mapping[str, str], layers: Layers
+) -> list[Found]:
+    """Choose blocks by the ``layers`` argument of `convert`, in the model's order.
+
+    Raises:
+        ValueError: Nothing is chosen, or what is asked for does not exist or cannot be replaced.
+    """
+    if not found:
+        raise ValueError(_nothing_found(model, refused))
+    if layers is None:
+        return found
+    if callable(layers):
+        chosen = [block for block in found if layers(block.name, model.get_submodule(block.name))]
+    elif layers == "every other":
+        chosen = found[1::2]
+    else:
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        wanted = list(layers) if several else [layers]  # type: ignore[arg-type]
+        names = {name for want in wanted for name in _names_meant(want, found, refused)}
+        chosen = [block for block in found if block.name in names]
+    if not chosen:
+        raise ValueError(
+            f"layers={layers!r} chooses none of the model's feed-forward blocks, which are "
+            f"{_listed([block.name for block in found])}; choose at least one"
+        )
+    return chosen
+
+
+def _names_meant(want: object, found: list[Found], refused: Mapping[str, str]) -> list[str]:
+    names = [block.name for block in found]
+    if type(want) is int:
+        if not -len(names) <= want < len(names):
+            raise ValueError(
+                f"layers={want} must be from {-len(names)} to {len(names) - 1}, for the model has "
+                f"{len(names)} feed-forward blocks; correct the index"
+            )
+        return [names[want]]
+    if not isinstance(want, str):
+        raise ValueError(
+            f"layers={want!r} must be an index, a glob on module names, 'every other', a list of "
+            "indices and globs, a function of (name, module), or None; pass one of these"
+        )
+    for name, reason in refused.items():
+        if fnmatchcase(name, want):
+            raise ValueError(f"layers={want!r} means {name!r} too, and {reason}; leave it out")
+    matching = [name for name in names if fnmatchcase(name, want)]
+    if not matching:
+        raise ValueError(
+            f"layers={want!r} matches none of the model's feed-forward blocks, which are "
+            f"{_listed(names)}; correct the glob"
+        )
+    return matching
+
+
+def _nothing_found(model: nn.Module, refused: Mapping[str, str]) -> str:
+    message = f"model={type(model).__name__} holds no feed-forward block that can be replaced"
+    layers = sum(isinstance(module, EcoMoE) for module in model.modules())
+    if layers:
+        return f"{message}, for it is converted already ({layers} EcoMoE layers); convert it once"
+    if refused:
+        reasons = [f"{name}: {reason}" for name, reason in refused.items()]
+        return f"{message}; refused are {_listed(reasons)}; choose another model"
+    classes = Counter(type(m).__name__ for m in model.modules() if next(m.children(), None))
+    held = [f"{count} {name}" for name, count in classes.most_common()]
+    return (
+        f"{message}; what holds submodules in it is {_listed(held) if held else 'nothing'}; pass a "
+        "model of timm or transformers, or put EcoMoE into the model yourself"
+    )
+
+
+def _listed(items: Sequence[str], most: int = 12) -> str:
+    rest = f", ... ({len(items) - most} more)" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def _plan_layer(block: Found, expert_width: float, settings: Mapping[str, Any]) -> EcoMoE:
+    """Build the layer of a block without memory, so that every check runs before any change."""
+    ffn = block.site.ffn
+    weight = ffn.up.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{block.name} has weights of dtype {weight.dtype}, which cannot be trained; load the "
+            "model unquantised"
+        )
+    width = max(1, round(expert_width * ffn.d_hidden))
+    if width != ffn.d_hidden and ffn.fixed_width:
+        raise ValueError(
+            f"expert_width={expert_width} must be 1 for {block.name}, which has a norm or learnt "
+            f"activation of its {ffn.d_hidden} hidden features; leave expert_width out"
+        )
+    dense = None
+    if settings["oracle"] == "dense":
+        dense = DenseTwin(ffn)
+    return block.site.layer(
+        ffn.d_model,
+        width,
+        activation=ffn.activation,
+        gated=ffn.gate is not None,
+        bias=any(p.bias is not None for p in ffn.projections),
+        dropout=ffn.dropout,
+        output_dropout=ffn.output_dropout,
+        hidden_norm=ffn.norm,
+        d_output=ffn.d_output,
+        dense=dense,
+        device="meta",
+        dtype=weight.dtype,
+        **settings,
+    )
+
+
+class DenseTwin(nn.Module):
+    """A frozen copy of a dense block, without dropout: what ``oracle="dense"`` compares with.
+
+    Args:
+        ffn: The block.
+    """
+
+    def __init__(self, ffn: DenseFFN) -> None:
+        super().__init__()
+        self.expert = FFNExperts(
+            ffn.d_model,
+            ffn.d_hidden,
+            num_experts=1,
+            d_output=ffn.d_output,
+            activation=deepcopy(ffn.activation),
+            gated=ffn.gate is not None,
+            bias=any(p.bias is not None for p in ffn.projections),
+            norm=deepcopy(ffn.norm),
+            device="meta",
+            dtype=ffn.up.weight.dtype,
+        )
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the block's output, ``(N, F)``."""
+        return self.expert.all_outputs(x_ND).squeeze(1)
+
+
+def _replace(
+    model: nn.Module, planned: list[tuple[Found, EcoMoE]], *, init: Init, amount: float
+) -> None:
+    undo: list[tuple[nn.Module, str, Any]] = []
+    parents = _parents(model)
+
+    def put(name: str, new: nn.Module) -> None:
+        for parent, attribute in parents[id(model.get_submodule(name))]:
+            undo.append((parent, attribute, getattr(parent, attribute)))
+            setattr(parent, attribute, new)
+
+    try:
+        for block, layer in planned:
+            _fill_layer(layer, block.site.ffn, init=init, amount=amount)
+            layer.train(block.module.training)
+            put(block.name, layer)
+            for name in block.site.emptied:
+                put(f"{block.owner}.{name}" if block.owner else name, nn.Identity())
+            for name in block.site.zeroed:
+                owner_name, _, attribute = name.rpartition(".")
+                owner = block.module.get_submodule(owner_name)
+                undo.append((owner, attribute, getattr(owner, attribute)))
+                setattr(owner, attribute, 0.0)
+    except BaseException:
+        for parent, attribute, old in reversed(undo):
+            setattr(parent, attribute, old)
+        raise
+
+
+def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Map each submodule (by id) to all the places it is held in; a shared one has several."""
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, attribute = name.rpartition(".")
+        if name:
+            parents.setdefault(id(module), []).append((model.get_submodule(parent), attribute))
+    return parents
+
+
+def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, init: Init, amount: float) -> None:
+    """Give a planned layer its memory and its start values."""
+    device = ffn.up.weight.device
+    experts = layer.experts
+    assert isinstance(experts, FFNExperts)
+    if device.type != "meta":
+        # What copies nothing from the dense block first: experts without memory cost no drawing.
+        inside = set(experts.modules())
+        _allocate((m for m in layer.modules() if m not in inside), device)
+        layer.reset_parameters()
+        _allocate(experts.modules(), device)
+    fill_experts(experts, ffn, init=init, amount=amount)
+    if isinstance(layer.dense, DenseTwin):
+        fill_experts(layer.dense.expert, ffn, init="upcycle", amount=0.0)
+        layer.dense.requires_grad_(False)
+
+
+def _allocate(modules: Iterator[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model weighs.
+
+    Attributes:
+        parameters: All of them.
+        active: Those that take part in computing one token.
+        flops: Floating-point operations of the blocks in question, for one token forward.
+    """
+
+    parameters: int
+    active: int
+    flops: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        dense: Sequence[Found] = (),
+        layers: Sequence[tuple[Found, EcoMoE]] = (),
+    ) -> Cost:
+        """Weigh a model, with the operations of dense blocks or of layers in it."""
+        parameters = sum(p.numel() for p in model.parameters())
+        idle = flops = 0
+        for module in model.modules():
+            if isinstance(module, EcoMoE):
+                share = module.top_k / module.num_experts
+                stacked = sum(p.numel() for p in module.experts.parameters() if p.dim() > 1)
+                idle += round(stacked * (1 - share))
+        for block in dense:
+            flops += block.site.ffn.flops
+        for _, layer in layers:
+            experts = sum(p.numel() for p in layer.experts.parameters() if p.dim() == 3)
+            scores = sum(p.numel() for p in layer.router.parameters() if p.dim() == 2)
+            flops += 2 * (experts * layer.top_k // layer.num_experts + scores)
+        return cls(parameters, parameters - idle, flops)
+
+
+def _summary(
+    before: Cost,
+    after: Cost,
+    planned: Sequence[tuple[Found, EcoMoE]],
+    found: Sequence[Found],
+    refused: Mapping[str, str],
+) -> str:
+    block, layer = planned[0]
+    control = layer.control
+    names = block.name if len(planned) == 1 else f"{block.name} ... {planned[-1][0].name}"
+    lines = [
+        f"EcoMoE: {len(planned)} of {len(found)} feed-forward blocks replaced ({names})",
+        f"  each with {layer.num_experts} experts in tiers {layer.tiers}, top_k={layer.top_k}, "
+        f"E={control.e:.3f} ({control.phase})",
+        f"  {'':<28}{'before':>12}{'after':>12}",
+    ]
+    for label, one, other in (
+        ("parameters", before.parameters, after.parameters),
+        ("active for a token", before.active, after.active),
+        ("FLOPs a token, these blocks", before.flops, after.flops),
+    ):
+        lines.append(f"  {label:<28}{_short(one):>12}{_short(other):>12}")
+    lines.extend(f"  left as it was: {name}, for {reason}" for name, reason in refused.items())
+    return "\n".join(lines)
+
+
+def _short(number: int) -> str:
+    """Write a count with three digits.
+
+    >>> _short(1_234_567), _short(987)
+    ('1.23 M', '987')
+    """
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} must be an nn.Module; pass the model itself")
+
+
+def _check_init(init: object, amount: object) -> float:
+    if not isinstance(init, str) or init not in INITS:
+        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}; pick one of these")
+    if amount is None:
+        return DEFAULT_AMOUNTS.get(init, 0.0)
+    if init not in DEFAULT_AMOUNTS:
+        raise ValueError(
+            f"init_amount={amount!r} has no effect with init={init!r}; leave it out, or choose "
+            f"init={' or '.join(repr(name) for name in DEFAULT_AMOUNTS)}"
+        )
+    most = 1.0 if init == "partial" else math.inf
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= most:
+        raise ValueError(
+            f"init_amount={amount!r} must be a number from 0 to {most:g} with init={init!r}; "
+            "change it"
+        )
+    return float(amount)
+
+
+def _check_expert_width(width: object) -> None:
+    number = isinstance(width, (int, float)) and not isinstance(width, bool)
+    if not number or not 0 < width < math.inf:  # type: ignore[operator]
+        raise ValueError(
+            f"expert_width={width!r} must be a finite number > 0, the width of an expert over that "
+            "of the dense block; 1 keeps it, 0.5 halves it"
+        )

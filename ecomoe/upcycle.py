@@ -1,0 +1,225 @@
+"""From the weights of a dense feed-forward block to those of experts.
+
+Axes: E experts, D input features, H hidden features of the dense block, W hidden features of an
+expert, F output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ecomoe.experts import Activation, ExpertLinear, FFNExperts
+
+Init = Literal["upcycle", "noise", "partial", "random"]
+INITS: tuple[str, ...] = get_args(Init)
+
+# What `amount` means, and is by default, where an init takes one.
+DEFAULT_AMOUNTS = {"noise": 0.01, "partial": 0.5}
+
+
+class Projection(NamedTuple):
+    """A linear map in the layout of `nn.Linear`, without its graph.
+
+    Attributes:
+        weight: (out, in), often a view of the dense block's own parameter.
+        bias: (out), or ``None``.
+        trainable: Whether the dense parameter asks for a gradient.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    trainable: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Projection:
+        """Take a weight (out, in) and a bias from their graph."""
+        return cls(
+            weight.detach(), None if bias is None else bias.detach(), bool(weight.requires_grad)
+        )
+
+    def split(self, sections: int) -> list[Projection]:
+        """Return equal parts of the output features, first to last."""
+        weights = self.weight.chunk(sections)
+        biases = [None] * sections if self.bias is None else self.bias.chunk(sections)
+        return [Projection(w, b, self.trainable) for w, b in zip(weights, biases, strict=True)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DenseFFN:
+    """A dense feed-forward block taken apart.
+
+    It computes ``down(norm(drop(act(up x))))``, gated ``down(norm(drop(act(gate x) * up x)))``,
+    followed by dropout of the output.
+
+    Attributes:
+        up: (H, D).
+        down: (F, H).
+        gate: (H, D), or ``None`` in a plain block.
+        activation: A callable or module on hidden features, (..., H) to (..., H).
+        norm: A module on the hidden features, (S, H) to (S, H), or ``None``.
+        dropout: Probability of dropping a hidden feature in training.
+        output_dropout: Probability of dropping an output feature in training.
+    """
+
+    up: Projection
+    down: Projection
+    activation: Activation
+    gate: Projection | None = None
+    norm: nn.Module | None = None
+    dropout: float = 0.0
+    output_dropout: float = 0.0
+
+    @property
+    def d_model(self) -> int:
+        """Input features D."""
+        return self.up.weight.shape[1]
+
+    @property
+    def d_hidden(self) -> int:
+        """Hidden features H."""
+        return self.up.weight.shape[0]
+
+    @property
+    def d_output(self) -> int:
+        """Output features F."""
+        return self.down.weight.shape[0]
+
+    @property
+    def projections(self) -> list[Projection]:
+        """The linear maps, the first layer's before the second's; the gate before up."""
+        return [p for p in (self.gate, self.up, self.down) if p is not None]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations per token of the linear maps; 2 for a multiply-add."""
+        return sum(2 * p.weight.numel() for p in self.projections)
+
+    @property
+    def fixed_width(self) -> bool:
+        """Whether something in the block is made for exactly H hidden features."""
+        modules = [m for m in (self.activation, self.norm) if isinstance(m, nn.Module)]
+        return any(t.numel() > 1 for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+def copied_features(num_experts: int, *, d_hidden: int, width: int) -> tuple[Tensor, Tensor]:
+    """Choose the hidden features that each expert copies from a dense block.
+
+    Experts take consecutive runs of ``width`` features, one expert after the other, around and
+    around. An expert wider than the block holds some features more than once and shares the output
+    weight among the copies, so that it computes the same. A narrower one holds a part of the
+    features with its output weights scaled by H / W: over experts chosen uniformly the expectation
+    is the dense output.
+
+    Args:
+        num_experts: Experts E.
+        d_hidden: Hidden features H of the dense block.
+        width: Hidden features W of an expert.
+
+    Returns:
+        The features, int64, and the factors of their output weights, both ``(E, W)``.
+
+    Example:
+        >>> copied_features(3, d_hidden=4, width=2)[0].tolist()
+        [[0, 1], [2, 3], [0, 1]]
+        >>> copied_features(1, d_hidden=2, width=3)[1].tolist()
+        [[0.5, 1.0, 0.5]]
+    """
+    starts_E = torch.arange(num_experts) * width
+    features_EW = (starts_E.unsqueeze(1) + torch.arange(width)) % d_hidden
+    copies_EH = torch.zeros(num_experts, d_hidden)
+    copies_EH.scatter_add_(1, features_EW, torch.ones(features_EW.shape))
+    return features_EW, max(1.0, d_hidden / width) / copies_EH.gather(1, features_EW)
+
+
+@torch.no_grad()
+def fill_experts(experts: FFNExperts, ffn: DenseFFN, *, init: Init, amount: float) -> None:
+    """Write the weights of a dense block into experts.
+
+    Args:
+        experts: Experts of the block's features, gated as it is, of any width W (of exactly H where
+            ``ffn.fixed_width``). They have a bias where any projection of the block has one.
+        ffn: The dense block.
+        init: ``"upcycle"`` copies (Komatsuzaki et al. 2023, arXiv:2212.05055). ``"noise"`` adds to
+            each copy normal noise. ``"partial"`` draws a share of each expert's hidden features
+            afresh, with the mean and deviation of what they replace: Drop-Upcycling (Nakamura et
+            al. 2025, arXiv:2502.19261). ``"random"`` draws all, as `nn.Linear` does.
+        amount: For noise, its standard deviation over that of the weights; for partial, the share
+            of hidden features drawn afresh, in [0, 1]. Else without effect.
+    """
+    first = experts.gate_up_proj if experts.gated else experts.up_proj
+    sources = [p for p in (ffn.gate, ffn.up) if p is not None]
+    for proj, dense in ((first, sources), (experts.down_proj, [ffn.down])):
+        if all(source.bias is None for source in dense):
+            proj.bias = None
+        for parameter in proj.parameters():
+            parameter.requires_grad_(any(source.trainable for source in dense))
+    if init == "random":
+        first.reset_parameters()
+        experts.down_proj.reset_parameters()
+        return
+    features_EW, factors_EW = copied_features(
+        experts.num_experts, d_hidden=ffn.d_hidden, width=experts.d_hidden
+    )
+    device = ffn.down.weight.device
+    if ffn.d_hidden == experts.d_hidden:
+        copies: list[slice | Tensor] = [slice(None)] * experts.num_experts
+    else:
+        copies = list(features_EW.to(device).unbind())
+    factors_EW = factors_EW.to(device=device, dtype=ffn.down.weight.dtype)
+    for e, features_W in enumerate(copies):
+        rows = [source.weight[features_W] for source in sources]
+        first.weight[e].copy_(torch.cat(rows))
+        if first.bias is not None:
+            biases = [
+                row.new_zeros(row.shape[0]) if source.bias is None else source.bias[features_W]
+                for row, source in zip(rows, sources, strict=True)
+            ]
+            first.bias[e].copy_(torch.cat(biases))
+        experts.down_proj.weight[e].copy_(ffn.down.weight[:, features_W] * factors_EW[e])
+        if experts.down_proj.bias is not None:
+            assert ffn.down.bias is not None
+            experts.down_proj.bias[e].copy_(ffn.down.bias)
+    if init == "noise":
+        _add_noise(first, amount)
+        _add_noise(experts.down_proj, amount)
+    elif init == "partial":
+        _redraw_features(first, experts.down_proj, amount, sections=len(sources))
+
+
+def _add_noise(proj: ExpertLinear, amount: float) -> None:
+    for weight in proj.weight:
+        weight.add_(torch.randn_like(weight) * (amount * weight.std()))
+
+
+def _redraw_features(
+    first: ExpertLinear, down: ExpertLinear, share: float, *, sections: int
+) -> None:
+    """Draw the same share of hidden features of each expert anew in all its projections."""
+    width = down.weight.shape[-1]
+    num_redrawn = round(share * width)
+    if not num_redrawn:
+        return
+    for e in range(down.weight.shape[0]):
+        features = torch.randperm(width)[:num_redrawn].to(down.weight.device)
+        for rows in _sections(first, e, sections):
+            rows[features] = _like(rows[features])
+        columns = down.weight[e].T
+        columns[features] = _like(columns[features])
+
+
+def _sections(first: ExpertLinear, expert: int, sections: int) -> Iterator[Tensor]:
+    """Yield views of one expert's first projection, each with the hidden features as rows."""
+    yield from first.weight[expert].chunk(sections)
+    if first.bias is not None:
+        yield from first.bias[expert].chunk(sections)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Draw a normal tensor with the mean and standard deviation of another."""
+    deviation = tensor.std(correction=0)
+    return torch.randn_like(tensor) * deviation + tensor.mean()
