@@ -148,11 +148,15 @@ class LossRelay:
 
     What is exact: over a window of gradient accumulation and over data-parallel ranks, the
     auxiliary gradient is the mean of what the micro-batches give. For equally large micro-batches
-    that equals one big batch for every loss that is a mean over tokens or a function of parameters
-    alone (entropy, oracle, z, divergence, prototype, ortho). The balance loss is none of these: it
-    is a nonlinear function of a batch's means, so it balances each micro-batch, which is a little
-    more than balancing the window. The difference falls as 1 over the tokens in a micro-batch:
-    BOUND.
+    that is the gradient of one big batch for every loss that is a mean over tokens or a function
+    of parameters alone (entropy, oracle, z, divergence, prototype, ortho).
+
+    The balance loss is nonlinear in a batch's means: it balances each micro-batch, a little more
+    than balancing the window. For a router as initialised, the relative error of its gradient
+    beside one big batch is below ``E / N``, for E experts and N independent tokens a micro-batch.
+    Measured: at most 0.75 E / N for independent tokens (E = 4 to 32, N = 64 to 4096), and up to
+    5 E / N where tokens come in runs of 16 alike. A balanced router has a gradient near 0, of
+    which any error is a large part.
 
     Args:
         model: Any module that contains layers with an `AuxiliarySlot`.

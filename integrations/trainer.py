@@ -112,8 +112,8 @@ class TrainerSession:
                 trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps
             )
             self._relay.attach(loss, weight=1.0 / steps)
-            self._means.add()
             result = original(loss, **kwargs)
+            self._means.add()  # now: reentrant checkpointing computes them only in backward
             self._relay.begin_forward()
             return result
 
