@@ -8,12 +8,9 @@ replacing is undone.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -21,79 +18,10 @@ from torch import Tensor, nn
 
 from ecomoe.experts import FFNExperts
 from ecomoe.moe import EcoMoE, Oracle
-from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, Projection, fill_experts
+from ecomoe.sites import Found, Layers, find_blocks, refusals, select_blocks
+from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 
-LayerFilter = Callable[[str, nn.Module], bool]
-Layers = int | str | LayerFilter | Sequence[int | str] | None
 Model = TypeVar("Model", bound=nn.Module)
-
-# Libraries whose models can be converted, by the first name of their classes' modules.
-_ADAPTERS = {
-    "timm": "ecomoe.integrations.timm",
-    "transformers": "ecomoe.integrations.huggingface",
-}
-
-
-class ChannelsFirst(EcoMoE):
-    """The layer where features are axis 1, as in images (B, D, height, width)."""
-
-    def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
-        """Map ``(B, d_model, ...)`` to ``(B, F, ...)``."""
-        y = super().forward(x.movedim(1, -1), targets=targets).movedim(-1, 1)
-        # As a 1x1 convolution does: the input's memory layout is the output's.
-        return y.contiguous() if x.is_contiguous() else y
-
-
-class AddsResidual(EcoMoE):
-    """The layer where the block itself adds the residual: ``layer(x, residual)``."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor, *, targets: Tensor | None = None
-    ) -> Tensor:
-        """Return ``residual + layer(x)``; shapes as in `EcoMoE.forward`."""
-        return residual + super().forward(x, targets=targets)
-
-
-class Refused(ValueError):
-    """A block that cannot become a mixture of experts; the message says why."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Site:
-    """A dense block and how a layer takes its place, in names relative to a module.
-
-    Attributes:
-        ffn: The block, taken apart.
-        seat: Name of the submodule that the layer replaces; "" for the module itself.
-        layer: How the layer is called there.
-        emptied: Names of submodules that become `nn.Identity`: the block's further parts, where
-            its parts are called one by one from outside.
-        zeroed: Names of dropout probabilities of the module that become 0, because the layer now
-            applies them.
-    """
-
-    ffn: DenseFFN
-    seat: str = ""
-    layer: type[EcoMoE] = EcoMoE
-    emptied: tuple[str, ...] = ()
-    zeroed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """A `Site` with its place in a model.
-
-    Attributes:
-        name: Name of the submodule that the layer replaces.
-        owner: Name of the module that the site's names are relative to.
-        module: That module.
-        site: The site.
-    """
-
-    name: str
-    owner: str
-    module: nn.Module
-    site: Site
 
 
 def convert(
@@ -190,148 +118,6 @@ def convert(
     return model
 
 
-def find_blocks(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
-    """Find the feed-forward blocks of a model, in its order.
-
-    Returns:
-        The blocks that can be replaced; and the names of those that cannot, with the reason.
-    """
-    roots = {cls.__module__.partition(".")[0] for m in model.modules() for cls in type(m).__mro__}
-    adapters = [import_module(path) for root, path in _ADAPTERS.items() if root in roots]
-    found: list[Found] = []
-    refused: dict[str, str] = {}
-    for owner, module in model.named_modules():
-        for adapter in adapters:
-            try:
-                site: Site | None = adapter.recognise(owner, module)
-            except Refused as reason:
-                refused[owner] = str(reason)
-                continue
-            if site is not None and owner + site.seat:
-                name = ".".join(part for part in (owner, site.seat) if part)
-                found.append(Found(name, owner, module, site))
-    return found, refused
-
-
-def class_rule(
-    rules: Mapping[str, Callable[..., Site]], module: nn.Module, *, root: str
-) -> Callable[..., Site] | None:
-    """Return the rule for a module's class, for an adapter.
-
-    A subclass follows its base's rule unless it has a ``forward`` of its own.
-
-    Args:
-        rules: Rules by the name of a class, qualified as far as it takes to be the only one.
-        module: Any module.
-        root: The library that the class must come from.
-    """
-    for cls in type(module).__mro__:
-        forward = getattr(cls, "forward", None)
-        if cls.__module__.partition(".")[0] == root and forward is type(module).forward:
-            path = f"{cls.__module__}.{cls.__qualname__}".split(".")
-            for start in range(1, len(path)):
-                rule = rules.get(".".join(path[start:]))
-                if rule is not None:
-                    return rule
-    return None
-
-
-def linear_map(linear: Any) -> Projection:
-    """Take the weights of an `nn.Linear`, or of a convolution that is one at each pixel.
-
-    Raises:
-        Refused: It is neither.
-    """
-    plain = any(
-        isinstance(linear, cls) and type(linear).forward is cls.forward
-        for cls in (nn.Linear, nn.Conv1d, nn.Conv2d)
-    )
-    if isinstance(linear, (nn.Conv1d, nn.Conv2d)):
-        ones = (*linear.kernel_size, *linear.stride, linear.groups)
-        plain = plain and set(ones) == {1} and not any(linear.padding)
-    if not plain or isinstance(linear.weight, nn.parameter.UninitializedParameter):
-        raise Refused(
-            f"its {type(linear).__name__} is no plain linear map; merge or unwrap what was put in"
-        )
-    return Projection.of(linear.weight.flatten(1), linear.bias)
-
-
-def select_blocks(
-    model: nn.Module, found: list[Found], refused: Mapping[str, str], layers: Layers
-) -> list[Found]:
-    """Choose blocks by the ``layers`` argument of `convert`, in the model's order.
-
-    Raises:
-        ValueError: Nothing is chosen, or what is asked for does not exist or cannot be replaced.
-    """
-    if not found:
-        raise ValueError(_nothing_found(model, refused))
-    if layers is None:
-        return found
-    if callable(layers):
-        chosen = [block for block in found if layers(block.name, model.get_submodule(block.name))]
-    elif layers == "every other":
-        chosen = found[1::2]
-    else:
-        several = isinstance(layers, Iterable) and not isinstance(layers, str)
-        wanted = list(layers) if several else [layers]  # type: ignore[arg-type]
-        names = {name for want in wanted for name in _names_meant(want, found, refused)}
-        chosen = [block for block in found if block.name in names]
-    if not chosen:
-        raise ValueError(
-            f"layers={layers!r} chooses none of the model's feed-forward blocks, which are "
-            f"{_listed([block.name for block in found])}; choose at least one"
-        )
-    return chosen
-
-
-def _names_meant(want: object, found: list[Found], refused: Mapping[str, str]) -> list[str]:
-    names = [block.name for block in found]
-    if type(want) is int:
-        if not -len(names) <= want < len(names):
-            raise ValueError(
-                f"layers={want} must be from {-len(names)} to {len(names) - 1}, for the model has "
-                f"{len(names)} feed-forward blocks; correct the index"
-            )
-        return [names[want]]
-    if not isinstance(want, str):
-        raise ValueError(
-            f"layers={want!r} must be an index, a glob on module names, 'every other', a list of "
-            "indices and globs, a function of (name, module), or None; pass one of these"
-        )
-    for name, reason in refused.items():
-        if fnmatchcase(name, want):
-            raise ValueError(f"layers={want!r} means {name!r} too, and {reason}; leave it out")
-    matching = [name for name in names if fnmatchcase(name, want)]
-    if not matching:
-        raise ValueError(
-            f"layers={want!r} matches none of the model's feed-forward blocks, which are "
-            f"{_listed(names)}; correct the glob"
-        )
-    return matching
-
-
-def _nothing_found(model: nn.Module, refused: Mapping[str, str]) -> str:
-    message = f"model={type(model).__name__} holds no feed-forward block that can be replaced"
-    layers = sum(isinstance(module, EcoMoE) for module in model.modules())
-    if layers:
-        return f"{message}, for it is converted already ({layers} EcoMoE layers); convert it once"
-    if refused:
-        reasons = [f"{name}: {reason}" for name, reason in refused.items()]
-        return f"{message}; refused are {_listed(reasons)}; choose another model"
-    classes = Counter(type(m).__name__ for m in model.modules() if next(m.children(), None))
-    held = [f"{count} {name}" for name, count in classes.most_common()]
-    return (
-        f"{message}; what holds submodules in it is {_listed(held) if held else 'nothing'}; pass a "
-        "model of timm or transformers, or put EcoMoE into the model yourself"
-    )
-
-
-def _listed(items: Sequence[str], most: int = 12) -> str:
-    rest = f", ... ({len(items) - most} more)" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
-
-
 def _plan_layer(block: Found, expert_width: float, settings: Mapping[str, Any]) -> EcoMoE:
     """Build the layer of a block without memory, so that every check runs before any change."""
     ffn = block.site.ffn
@@ -398,39 +184,45 @@ def _replace(
     model: nn.Module, planned: list[tuple[Found, EcoMoE]], *, init: Init, amount: float
 ) -> None:
     undo: list[tuple[nn.Module, str, Any]] = []
-    parents = _parents(model)
+    holders = _holders(model)
 
-    def put(name: str, new: nn.Module) -> None:
-        for parent, attribute in parents[id(model.get_submodule(name))]:
-            undo.append((parent, attribute, getattr(parent, attribute)))
-            setattr(parent, attribute, new)
+    def put(owner: nn.Module, path: str, new: object) -> None:
+        where, _, attribute = path.rpartition(".")
+        holder = owner.get_submodule(where)
+        undo.append((holder, attribute, getattr(holder, attribute)))
+        setattr(holder, attribute, new)
 
     try:
         for block, layer in planned:
             _fill_layer(layer, block.site.ffn, init=init, amount=amount)
+            for name, module in block.site.extras.items():
+                layer.add_module(name, module)
             layer.train(block.module.training)
-            put(block.name, layer)
+            if block.site.seat:
+                put(block.module, block.site.seat, layer)
+            else:
+                for holder, attribute in holders[id(block.module)]:
+                    put(holder, attribute, layer)
             for name in block.site.emptied:
-                put(f"{block.owner}.{name}" if block.owner else name, nn.Identity())
+                put(block.module, name, nn.Identity().train(block.module.training))
             for name in block.site.zeroed:
-                owner_name, _, attribute = name.rpartition(".")
-                owner = block.module.get_submodule(owner_name)
-                undo.append((owner, attribute, getattr(owner, attribute)))
-                setattr(owner, attribute, 0.0)
+                put(block.module, name, 0.0)
     except BaseException:
-        for parent, attribute, old in reversed(undo):
-            setattr(parent, attribute, old)
+        for holder, attribute, old in reversed(undo):
+            if not isinstance(old, nn.Module):
+                delattr(holder, attribute)  # a function or number may have become a module
+            setattr(holder, attribute, old)
         raise
 
 
-def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Map each submodule (by id) to all the places it is held in; a shared one has several."""
-    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        parent, _, attribute = name.rpartition(".")
+        holder, _, attribute = name.rpartition(".")
         if name:
-            parents.setdefault(id(module), []).append((model.get_submodule(parent), attribute))
-    return parents
+            holders.setdefault(id(module), []).append((model.get_submodule(holder), attribute))
+    return holders
 
 
 def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, init: Init, amount: float) -> None:
@@ -522,7 +314,7 @@ def _summary(
         ("FLOPs a token, these blocks", before.flops, after.flops),
     ):
         lines.append(f"  {label:<28}{_short(one):>12}{_short(other):>12}")
-    lines.extend(f"  left as it was: {name}, for {reason}" for name, reason in refused.items())
+    lines.extend(f"  {clause}" for clause in refusals(refused))
     return "\n".join(lines)
 
 

@@ -5,18 +5,25 @@ Importing this module does not import timm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ecomoe.convert import ChannelsFirst, Refused, Site, class_rule, linear_map
-from ecomoe.moe import EcoMoE
-from ecomoe.upcycle import DenseFFN
+from ecomoe.sites import Parts, Refused, Rule, Site, class_rule
 
 # Places where timm's FFN classes do another work: mixing tokens or positions, gating channels,
 # pooling, predicting.
-OTHER_PLACES = {"mlp_tokens", "rel_pos", "shared_rel_pos", "meta_mlp", "se", "attn_pool", "head"}
+OTHER_PLACES = {
+    "attn_pool",
+    "head",
+    "meta_mlp",
+    "mlp_add",
+    "mlp_scale",
+    "mlp_tokens",
+    "rel_pos",
+    "se",
+    "shared_rel_pos",
+}
 
 
 def recognise(name: str, module: nn.Module) -> Site | None:
@@ -29,101 +36,186 @@ def recognise(name: str, module: nn.Module) -> Site | None:
     Raises:
         Refused: It is an FFN that cannot be token-wise.
     """
+    if OTHER_PLACES.intersection(name.split(".")):
+        return None
     rule = class_rule(RULES, module, root="timm")
-    if rule is None or OTHER_PLACES.intersection(name.split(".")):
-        return None
-    return rule(module)
+    return None if rule is None else rule(module)
 
 
-class OnFeatures(nn.Module):
-    """A norm of image features (B, H, height, width), applied to rows (S, H)."""
+def _refuse(reason: str) -> Rule:
+    def rule(module: Any) -> Site | None:
+        raise Refused(reason)
 
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x_SH: Tensor) -> Tensor:
-        """Normalise rows as if each were one pixel."""
-        y: Tensor = self.norm(x_SH[:, :, None, None])
-        return y.flatten(1)
+    return rule
 
 
-def _norm(norm: nn.Module, first: nn.Module) -> nn.Module | None:
-    if isinstance(norm, nn.Identity):
-        return None
-    return OnFeatures(norm) if isinstance(first, nn.Conv2d) else norm
+_GRN = _refuse(
+    "its global response norm pools hidden features over the whole image, so it cannot work token "
+    "by token"
+)
+_GATING = _refuse("its spatial gating unit mixes tokens, so it cannot work token by token")
+_FUSED = _refuse("it computes attention and feed-forward in the same linear maps")
+_DEPTHWISE = _refuse(
+    "its hidden features go through a depthwise convolution, so it cannot work token by token"
+)
 
 
-def _layer(first: nn.Module) -> type[EcoMoE]:
-    return ChannelsFirst if isinstance(first, nn.Conv2d) else EcoMoE
+def _convs(first: str, norm: str, act: str, last: str, *, dropout: str | None = None) -> Parts:
+    """Return the rule for two linear maps with a batch norm each, of which the second stays."""
+    emptied = (norm, act, last) if dropout is None else (norm, act, last, dropout)
+    return Parts(up=first, act=(norm, act), down=last, dropout=dropout, seat=first, emptied=emptied)
 
 
-def _mlp(m: Any) -> Site:
-    ffn = DenseFFN(
-        up=linear_map(m.fc1),
-        down=linear_map(m.fc2),
-        activation=m.act,
-        norm=_norm(m.norm, m.fc1),
-        dropout=m.drop1.p,
-        output_dropout=m.drop2.p,
-    )
-    return Site(ffn=ffn, layer=_layer(m.fc1))
+def _glu_mlp(m: Any) -> Site | None:
+    return Parts(
+        up="fc1",
+        packed="gate last" if m.gate_last else "gate first",
+        act="act",
+        dropout="drop1",
+        norm="norm",
+        down="fc2",
+        output_dropout="drop2",
+    )(m)
 
 
-def _glu_mlp(m: Any) -> Site:
-    halves = linear_map(m.fc1).split(2)
-    ffn = DenseFFN(
-        gate=halves[1 if m.gate_last else 0],
-        up=halves[0 if m.gate_last else 1],
-        down=linear_map(m.fc2),
-        activation=m.act,
-        norm=_norm(m.norm, m.fc1),
-        dropout=m.drop1.p,
-        output_dropout=m.drop2.p,
-    )
-    return Site(ffn=ffn, layer=_layer(m.fc1))
+def _conv_mlp_with_norm(m: Any) -> Site | None:
+    if m.drop.p:
+        raise Refused(f"its dropout of {m.drop.p} follows a norm of the output; set it to 0 first")
+    return _convs("fc1", "norm1", "act", "fc2")(m)
 
 
-def _swiglu(m: Any) -> Site:
-    ffn = DenseFFN(
-        gate=linear_map(m.fc1_g),
-        up=linear_map(m.fc1_x),
-        down=linear_map(m.fc2),
-        activation=m.act,
-        norm=_norm(m.norm, m.fc1_g),
-        dropout=m.drop1.p,
-        output_dropout=m.drop2.p,
-    )
-    return Site(ffn=ffn)
-
-
-def _conv_mlp(m: Any) -> Site:
-    norm = _norm(m.norm, m.fc1)
-    ffn = DenseFFN(
-        up=linear_map(m.fc1),
-        down=linear_map(m.fc2),
-        activation=m.act if norm is None else nn.Sequential(norm, m.act),
-        dropout=m.drop.p,
-    )
-    return Site(ffn=ffn, layer=ChannelsFirst)
-
-
-def _grn(m: Any) -> Site:
-    raise Refused(
-        "global response norm pools its hidden features over the whole image, so the block cannot "
-        "work token by token"
+def _conv_mlp_with_mid(m: Any) -> Site | None:
+    return (
+        _convs("fc1.conv", "fc1.bn", "drop1", "fc2.conv")(m)
+        if _is_nothing(m.mid)
+        else _DEPTHWISE(m)
     )
 
 
-def _gated_mlp(m: Any) -> Site:
-    raise Refused("its spatial gating unit mixes tokens, so the block cannot work token by token")
+def _spatial_mlp(m: Any) -> Site | None:
+    if m.conv2 is not None:
+        raise Refused("its second convolution spans several pixels")
+    return Parts(up="conv1", act="act1", down="conv3", dropout="drop1", output_dropout="drop3")(m)
 
 
-RULES: dict[str, Callable[..., Site]] = {
-    "layers.mlp.Mlp": _mlp,
+def _residual_mlp(path: str) -> Rule:
+    """Return the rule for a sequence of norm, linear map, activation, linear map, dropout."""
+
+    def rule(m: Any) -> Site | None:
+        if isinstance(m.get_submodule(path.partition(".")[0]), nn.Identity):
+            return None
+        first, act, last = (f"{path}.{i}" for i in (1, 2, 3))
+        return Parts(up=first, act=act, down=last, seat=first, emptied=(act, last))(m)
+
+    return rule
+
+
+def _gemma4_mlp(m: Any) -> Site | None:
+    if m.gate_proj.use_clipped:
+        raise Refused("its linear maps clamp their inputs and outputs")
+    return Parts(
+        gate="gate_proj.linear",
+        up="up_proj.linear",
+        act="act",
+        down="down_proj.linear",
+        output_dropout="drop",
+    )(m)
+
+
+def _is_nothing(module: Any) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+_CONV_MLP = Parts(up="fc1", act=("norm", "act"), down="fc2", dropout="drop")
+_POINTWISE_CONVS = Parts(
+    up="pwconv1", act="act", down="pwconv2", seat="pwconv1", emptied=("act", "pwconv2")
+)
+_RDNET = Parts(
+    up="layers.2",
+    act="layers.3",
+    down="layers.4",
+    seat="layers.2",
+    emptied=("layers.3", "layers.4"),
+)
+
+RULES: dict[str, Rule] = {
+    "layers.mlp.Mlp": Parts(
+        up="fc1",
+        act="act",
+        dropout="drop1",
+        norm="norm",
+        down="fc2",
+        output_dropout="drop2",
+    ),
+    "layers.mlp.SwiGLU": Parts(
+        gate="fc1_g",
+        up="fc1_x",
+        act="act",
+        dropout="drop1",
+        norm="norm",
+        down="fc2",
+        output_dropout="drop2",
+    ),
     "layers.mlp.GluMlp": _glu_mlp,
-    "layers.mlp.SwiGLU": _swiglu,
-    "layers.mlp.ConvMlp": _conv_mlp,
-    "layers.mlp.GlobalResponseNormMlp": _grn,
-    "layers.mlp.GatedMlp": _gated_mlp,
+    "layers.mlp.ConvMlp": _CONV_MLP,
+    "layers.mlp.GlobalResponseNormMlp": _GRN,
+    "layers.mlp.GatedMlp": _GATING,
+    "csatv2.Block": _GRN,
+    "cpubone.CPUBoneBlock": _residual_mlp("total.0.1.main"),
+    "efficientformer.ConvMlpWithNorm": _conv_mlp_with_norm,
+    "efficientformer_v2.ConvMlpWithNorm": _conv_mlp_with_mid,
+    "efficientvim.FFN": _convs("fc1.conv", "fc1.norm", "fc1.act", "fc2.conv"),
+    "efficientvit_msra.ConvMlp": _convs("pw1.conv", "pw1.bn", "act", "pw2.conv"),
+    "fasternet.MLPBlock": Parts(up="mlp.0", act=("mlp.1", "mlp.2"), down="mlp.3", seat="mlp"),
+    "fastvit.ConvMlp": Parts(
+        up="fc1",
+        act="act",
+        dropout="drop",
+        down="fc2",
+        output_dropout="drop",
+        seat="fc1",
+        emptied=("act", "drop", "fc2"),
+    ),
+    "gemma4_vit.Gemma4GatedMlp": _gemma4_mlp,
+    "iformer.FFN": _convs(
+        "mixer.module.0.c", "mixer.module.0.bn", "mixer.module.1", "mixer.module.2.c"
+    ),
+    "inception_next.ConvMlp": _CONV_MLP,
+    "levit.LevitMlp": _convs("ln1.linear", "ln1.bn", "act", "ln2.linear", dropout="drop"),
+    "lowformer.LowFormerBlock": _residual_mlp("mlp.main"),
+    "pvt_v2.MlpWithDepthwiseConv": _DEPTHWISE,
+    "rdnet.Block": _RDNET,
+    "rdnet.BlockESE": _RDNET,
+    "repvit.RepVitMlp": _convs("conv1.c", "conv1.bn", "act", "conv2.c"),
+    "shvit.FFN": _convs("pw1.c", "pw1.bn", "act", "pw2.c"),
+    "swiftformer.ConvEncoder": _POINTWISE_CONVS,
+    "swiftformer.Mlp": Parts(
+        up="fc1",
+        act="act",
+        dropout="drop",
+        down="fc2",
+        output_dropout="drop",
+        seat="fc1",
+        emptied=("act", "drop", "fc2"),
+    ),
+    "tiny_vit.NormMlp": Parts(
+        input_norm="norm",
+        up="fc1",
+        act="act",
+        dropout="drop1",
+        down="fc2",
+        output_dropout="drop2",
+    ),
+    "visformer.SpatialMlp": _spatial_mlp,
+    "vision_transformer.ParallelScalingBlock": _FUSED,
+    "vision_transformer.DiffParallelScalingBlock": _FUSED,
+    "vitamin.GeGluMlp": Parts(
+        input_norm="norm",
+        gate="w0",
+        up="w1",
+        act="act",
+        dropout="drop1",
+        down="w2",
+        output_dropout="drop2",
+    ),
 }

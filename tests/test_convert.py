@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ecomoe
-from ecomoe.convert import find_blocks
+from ecomoe.sites import find_blocks
 from ecomoe.upcycle import copied_features
 
 timm = pytest.importorskip("timm")
@@ -433,13 +433,13 @@ def test_nothing_to_replace_lists_what_there_is():
 
 def test_global_response_norm_is_refused_by_name(capsys):
     alone = nn.Sequential(GlobalResponseNormMlp(8, 16))
-    with pytest.raises(ValueError, match="0: global response norm pools"):
+    with pytest.raises(ValueError, match="0 refused, for its global response norm pools"):
         ecomoe.convert(alone)
     mixed = nn.Sequential(Mlp(8, 16), GlobalResponseNormMlp(8, 16))
-    with pytest.raises(ValueError, match="means '1' too, and global response norm"):
+    with pytest.raises(ValueError, match="means '1' too, and its global response norm"):
         ecomoe.convert(mixed, layers="*")
     ecomoe.convert(mixed)
-    assert "left as it was: 1, for global response norm" in capsys.readouterr().out
+    assert "1 refused, for its global response norm" in capsys.readouterr().out
 
 
 def test_a_wrapped_linear_is_refused_by_name():

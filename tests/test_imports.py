@@ -22,12 +22,14 @@ LAYERS = [
     {"auxiliary"},
     {"moe"},
     {"upcycle"},
+    {"sites"},
     {"convert", "schedule"},
     {"ecology"},
     {"ecology.statistics"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
     {"ecology.report", "ecology.sinks"},
+    {"ecology.console", "ecology.recorder", "ecology.watch"},
     {"ecology.monitor"},
     {"ecomoe"},
     {
@@ -36,6 +38,7 @@ LAYERS = [
         "integrations.timm",
         "integrations.trainer",
     },
+    {"integrations.census"},
     {"cli"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
