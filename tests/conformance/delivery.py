@@ -1,6 +1,6 @@
 """A tiny language model, trained by Trainer, and the gradient that it should have seen.
 
-Run as a program, it is one rank of a data-parallel run: `torchrun delivery.py CASE OUT`.
+Run as a program, it is one rank of a data-parallel run: `torchrun delivery.py FOLDER`.
 """
 
 import sys
@@ -161,11 +161,12 @@ def relative_error(gradient, reference) -> float:
 CASES = {"linear": LINEAR, "balance": BALANCE}
 
 
-def main(case, out):
+def main(out):
     warnings.simplefilter("error")
-    windows = train(tiny_gpt2(CASES[case]), texts(8), gradient_accumulation_steps=2)
-    rank = torch.distributed.get_rank()
-    torch.save([tuple(window) for window in windows], Path(out) / f"{rank}.pt")
+    for case, layer_arguments in CASES.items():
+        windows = train(tiny_gpt2(layer_arguments), texts(16), gradient_accumulation_steps=2)
+        rank = torch.distributed.get_rank()
+        torch.save([tuple(window) for window in windows], Path(out) / f"{case} {rank}.pt")
     torch.distributed.destroy_process_group()
 
 
