@@ -334,34 +334,36 @@ class EcoMoE(nn.Module):
         return total
 
     def _oracle_loss(self, x_ND: Tensor, logits_NE: Tensor, targets: Tensor | None) -> Tensor:
+        if self.oracle == "dense":
+            # Evenly spaced tokens, not random ones: evaluation and resuming stay reproducible.
+            stride = -(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS)
+            x_ND, logits_NE = x_ND[::stride], logits_NE[::stride]
         with torch.no_grad():
-            if self.oracle == "competence":
-                teacher_NE = self._competence_teacher(x_ND, targets)
-            elif self.oracle == "dense":
-                # Evenly spaced tokens, not random ones: evaluation and resuming stay reproducible.
-                stride = -(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS)
-                x_ND, logits_NE = x_ND[::stride], logits_NE[::stride]
-                assert self.dense is not None
-                teacher_NE = losses.dense_teacher(
-                    self.experts.all_outputs(x_ND).to(logits_NE.dtype),
-                    self.dense(x_ND).to(logits_NE.dtype),
-                )
-            elif self.oracle == "prototype":
-                assert self.prototypes is not None
-                teacher_NE = losses.prototype_teacher(
-                    x_ND.to(self.prototypes.dtype), self.prototypes
-                )
-            else:
-                assert callable(self.oracle)
-                teacher_NE = self.oracle(x_ND)
-                if teacher_NE.shape != logits_NE.shape:
-                    raise ValueError(
-                        f"oracle returned shape {tuple(teacher_NE.shape)}; it must give one "
-                        f"distribution over experts per token, {tuple(logits_NE.shape)}"
-                    )
+            teacher_NE = self._teacher(x_ND, targets, dtype=logits_NE.dtype)
+        if teacher_NE.shape != logits_NE.shape:
+            raise ValueError(
+                f"oracle returned shape {tuple(teacher_NE.shape)}; it must give one "
+                f"distribution over experts per token, {tuple(logits_NE.shape)}"
+            )
         return losses.oracle_loss(logits_NE, teacher_NE)
 
-    def _competence_teacher(self, x_ND: Tensor, targets: Tensor | None) -> Tensor:
+    def _teacher(self, x_ND: Tensor, targets: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        if self.oracle == "competence":
+            return self._competence_teacher(x_ND, targets, dtype=dtype)
+        if self.oracle == "dense":
+            assert self.dense is not None
+            return losses.dense_teacher(
+                self.experts.all_outputs(x_ND).to(dtype), self.dense(x_ND).to(dtype)
+            )
+        if self.oracle == "prototype":
+            assert self.prototypes is not None
+            return losses.prototype_teacher(x_ND.to(self.prototypes.dtype), self.prototypes)
+        assert callable(self.oracle)
+        return self.oracle(x_ND)
+
+    def _competence_teacher(
+        self, x_ND: Tensor, targets: Tensor | None, *, dtype: torch.dtype
+    ) -> Tensor:
         if targets is None:
             raise ValueError(
                 "targets=None, but oracle='competence' compares the experts' losses on them; call "
@@ -372,7 +374,7 @@ class EcoMoE(nn.Module):
                 f"targets has {targets.numel()} entries for {x_ND.shape[0]} tokens; it must hold "
                 "one class id per token"
             )
-        outputs_NEF = self.experts.all_outputs(x_ND).float()
+        outputs_NEF = self.experts.all_outputs(x_ND).to(dtype)
         targets_NE = targets.reshape(-1, 1).expand(-1, self.num_experts)
         losses_NE = F.cross_entropy(outputs_NEF.transpose(1, 2), targets_NE, reduction="none")
         return losses.competence_teacher(losses_NE)
