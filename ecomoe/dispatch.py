@@ -51,11 +51,7 @@ def scatter_to_experts(x_ND: Tensor, plan: Plan, *, top_k: int) -> Tensor:
 def unsort_slots(y_SF: Tensor, plan: Plan, *, top_k: int) -> Tensor:
     """Bring sorted slots back to their tokens, ``(N, K, F)``."""
     flat_SF: Tensor = _Permute.apply(y_SF, plan.inverse_S, plan.order_S)
-    return (
-        flat_SF.unflatten(0, (-1, top_k))
-        if flat_SF.shape[0]
-        else flat_SF.new_zeros(0, top_k, flat_SF.shape[-1])
-    )
+    return flat_SF.view(flat_SF.shape[0] // top_k, top_k, flat_SF.shape[-1])
 
 
 def combine(y_NKF: Tensor, weights_NK: Tensor) -> Tensor:
