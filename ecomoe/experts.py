@@ -31,6 +31,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def identity(x: Tensor) -> Tensor:
+    """Return ``x`` (by a name, since a layer with a lambda could not be pickled)."""
+    return x
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
@@ -38,7 +43,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
-    "identity": lambda x: x,
+    "identity": identity,
 }
 
 
