@@ -36,18 +36,19 @@ class Text:
     test: Tensor
 
 
-def load(sources: list[str]) -> tuple[Images, Text]:
+def load(sources: list[str], *, max_images: int | None = MAX_IMAGES) -> tuple[Images, Text]:
     """Return images and text from ``sources``, each with its default where no source holds it.
 
     A source is a folder or file of parquet images, a text file, or the name of a hub data set.
+    ``max_images`` bounds each split.
     """
     images, text = None, None
     for source in sources:
         path = Path(source)
         if path.is_dir() and any(path.rglob("*.parquet")):
-            images = _parquet_images(path)
+            images = _parquet_images(path, max_images)
         elif path.suffix == ".parquet" and path.is_file():
-            images = _parquet_images(path.parent)
+            images = _parquet_images(path.parent, max_images)
         elif path.is_file():
             text = _split_text(path.name, path.read_bytes())
         elif path.exists():
@@ -56,7 +57,7 @@ def load(sources: list[str]) -> tuple[Images, Text]:
                 "test parquet files, or one text file"
             )
         else:
-            loaded = _from_hub(source)
+            loaded = _from_hub(source, max_images)
             if isinstance(loaded, Images):
                 images = loaded
             else:
@@ -98,7 +99,7 @@ def _split_text(name: str, content: bytes) -> Text:
     return Text(name, data[:cut], data[cut:])
 
 
-def _parquet_images(folder: Path) -> Images:
+def _parquet_images(folder: Path, max_images: int | None) -> Images:
     from datasets import load_dataset
 
     files = {}
@@ -108,10 +109,10 @@ def _parquet_images(folder: Path) -> Images:
             raise ValueError(f"--data {folder} has no *{split}*.parquet; it needs train and test")
         files[split] = found
     parts = load_dataset("parquet", data_files=files)
-    return _images(folder.name, parts["train"], parts["test"])
+    return _images(folder.name, parts["train"], parts["test"], max_images)
 
 
-def _from_hub(name: str) -> Images | Text:
+def _from_hub(name: str, max_images: int | None) -> Images | Text:
     from datasets import load_dataset
 
     try:
@@ -121,22 +122,24 @@ def _from_hub(name: str) -> Images | Text:
             f"--data {name} is no file, no folder, and could not be loaded from the hub ({error}); "
             "check the spelling, or leave --data out"
         ) from error
-    test = parts["test"] if "test" in parts else parts["validation"]
+    test = next(parts[key] for key in ("test", "validation", "valid") if key in parts)
     if "text" in test.features:
         lines = "\n".join([*parts["train"]["text"], *test["text"]])
         return _split_text(name, lines.encode())
-    return _images(name, parts["train"], test)
+    return _images(name, parts["train"], test, max_images)
 
 
-def _images(name: str, train, test) -> Images:  # type: ignore[no-untyped-def]
+def _images(name: str, train, test, max_images: int | None) -> Images:  # type: ignore[no-untyped-def]
     label_key = next(key for key in ("label", "labels", "fine_label") if key in train.features)
     image_key = next(key for key in ("image", "img") if key in train.features)
     label = train.features[label_key]
     classes = getattr(label, "names", None) or [str(c) for c in sorted(set(train[label_key]))]
 
     def tensors(part) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        part = part.select(range(min(len(part), MAX_IMAGES))).with_format("torch")
-        stacked = torch.stack([image for image in part[image_key]]).float() / 127.5 - 1.0
-        return stacked, torch.as_tensor(part[label_key])
+        part = part.select(range(min(len(part), max_images or len(part)))).with_format("torch")
+        pixels = list(part[image_key])
+        colours = max(len(image) for image in pixels)  # some sets mix grey and colour images
+        pixels = [image.expand(colours, -1, -1) for image in pixels]
+        return torch.stack(pixels).float() / 127.5 - 1.0, torch.as_tensor(part[label_key])
 
     return Images(name, tensors(train), tensors(test), list(classes))

@@ -1,0 +1,96 @@
+"""Questions that the paper leaves open, as experiments of the same form."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+from examples.experiments.records import HEALTHY, TEN, Experiment, Setting, control, target
+
+
+def _random_settings(count: int, *, seed: int = 0) -> tuple[Setting, ...]:
+    draw = random.Random(seed)
+
+    def log_uniform(low: float, high: float) -> float:
+        return round(math.exp(draw.uniform(math.log(low), math.log(high))), 4)
+
+    return tuple(
+        Setting(
+            name=f"sample {index}",
+            data="cifar10",
+            effort=0.5,
+            percents=(50, 100),
+            control=control(
+                log_uniform(0.5, 6.0),
+                log_uniform(0.005, 0.5),
+                o=log_uniform(0.01, 1.0),
+                b=log_uniform(0.01, 1.0),
+            ),
+        )
+        for index in range(count)
+    )
+
+
+def _revival() -> tuple[Setting, ...]:
+    every = tuple(range(30, 101, 2))
+    death = {"data": "cifar10", "forced_death": (0.4, 0.5), "percents": every}
+    return (
+        Setting(name="balance loss, the paper's weights", control=HEALTHY, **death),
+        Setting(
+            name="balance loss, a tenth of the weights", control=HEALTHY, strength=0.1, **death
+        ),
+        Setting(name="no balance loss, O = 0.15", control=control(3.0, 0.10, b=0.0), **death),
+        Setting(name="none of the losses", control=HEALTHY, strength=0.0, **death),
+    )
+
+
+QUESTIONS = (
+    Experiment(
+        name="predicts-collapse",
+        title="Does E predict collapse? Random T, H, O and B",
+        section="3.2",
+        claim="E ranks outcomes better than each of T, H, O, B, T*H and O+B alone",
+        settings=_random_settings(60),
+        paper=False,
+    ),
+    Experiment(
+        name="revival",
+        title="An expert held below selection for a while, then released",
+        section="4.7, 5",
+        claim="a dead expert revives with balance loss, and never without it",
+        settings=_revival(),
+        seeds=3,
+        paper=False,
+    ),
+    Experiment(
+        name="e-order",
+        title="CIFAR-10 at E from 0.1 to 2.3, O and B fixed",
+        section="4.1, 4.4",
+        claim="living and PURE_CORE experts do not fall as E rises",
+        settings=tuple(
+            replace(TEN, name=f"E={e:g}", control=target(e)) for e in (0.1, 0.3, 0.545, 1.0, 2.3)
+        ),
+        seeds=3,
+        paper=False,
+    ),
+    Experiment(
+        name="class-count",
+        title="The same images under 2 to 80 classes, at five values of E",
+        section="5, equation 3",
+        claim="the E at which deaths begin rises with the number of classes C, as f(C)",
+        settings=tuple(
+            Setting(
+                name=f"C={count}, E={e:g}",
+                data=f"classes-{count}",
+                control=target(e),
+                effort=0.5,
+                percents=(50, 100),
+            )
+            for count in (2, 5, 10, 40, 80)
+            for e in (0.05, 0.1, 0.3, 0.545, 1.0)
+        ),
+        seeds=3,
+        paper=False,
+    ),
+)

@@ -1,0 +1,275 @@
+"""From an experiment to its runs and from the runs to one JSON file.
+
+A run is known by everything that decides it, so experiments share runs, and a run that is done is
+never done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ecomoe
+from ecomoe import EcoMoE
+from ecomoe.schedule import Schedule
+from examples.experiments.data import Library, Samples
+from examples.experiments.measure import Record, evaluate, temperature_scan
+from examples.experiments.models import GPT, Classifier, WideResNet
+from examples.experiments.protocol import (
+    Batches,
+    ForcedDeath,
+    Job,
+    fit,
+    split,
+    steps_at,
+    two_rates,
+)
+from examples.experiments.records import Experiment, Scale, Setting
+
+TEST_BATCH = {"vision": 500, "language": 32}
+
+
+def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
+    """Return the architecture of section 3.1 at the size of a scale."""
+    control = setting.control
+    common: dict[str, Any] = {
+        "tiers": setting.tiers,
+        "target_e": control.e,
+        "temperature": control.temperature,
+        "oracle_weight": control.oracle_weight,
+        "balance_weight": control.balance_weight,
+        "ortho_weight": setting.ortho_weight,
+        "oracle": setting.oracle,
+        "strength": setting.strength,
+        "warmup_fraction": setting.warmup,
+    }
+    if samples.kind == "language":
+        return GPT(
+            vocabulary=samples.classes,
+            layers=scale.layers,
+            width=scale.width,
+            heads=scale.heads,
+            build_ffn=lambda width: EcoMoE(width, scale.expert_hidden, **common),
+        )
+    encoder = WideResNet(
+        depth=scale.depth,
+        widen=scale.widen,
+        channels=samples.train[0].shape[1],
+        stem=scale.stem,
+        features=scale.features,
+    )
+    head = EcoMoE(scale.features, None, num_classes=samples.classes, **common)
+    return Classifier(encoder, head)
+
+
+def task_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy plus the auxiliary losses."""
+    logits = model(inputs, targets=targets)
+    task = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return task + ecomoe.aux_loss(model)
+
+
+def run_setting(
+    setting: Setting,
+    scale: Scale,
+    samples: Samples,
+    *,
+    seed: int,
+    folder: Path,
+    on_progress: Callable[[int, int, Record | None], None] | None = None,
+) -> Record:
+    """Train, measure and return one run; from ``folder/result.json`` where it is done already."""
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(setting, scale, samples).to(device)
+    kind = samples.kind
+    batches = Batches(*samples.train, size=scale.batch[kind], seed=seed, augment=kind == "vision")
+    epochs = max(1, round(scale.epochs[kind] * setting.effort))
+    total = epochs * batches.per_epoch
+    tests = split(samples.test, TEST_BATCH[kind])
+    schedule = Schedule(model, total_steps=total)
+    death = ForcedDeath(model, setting.forced_death) if setting.forced_death else None
+    percents = setting.percents if setting.percents and scale.name != "smoke" else scale.percents
+    job = Job(
+        model=model,
+        optimizer=two_rates(
+            model,
+            encoder_lr=scale.encoder_lr,
+            expert_lr=scale.expert_lr,
+            weight_decay=scale.weight_decay,
+        ),
+        batch_at=batches,
+        total_steps=total,
+        loss=task_loss,
+        evaluate=lambda trained: evaluate(trained, tests, labels=samples.classes),
+        evaluate_at=steps_at(percents, total),
+        before_step=lambda progress: schedule.advance(round(progress * total)),
+        after_step=death or (lambda progress: None),
+    )
+    began = time.perf_counter()
+    history, seconds = fit(
+        job,
+        folder,
+        on_progress=on_progress and (lambda step, record: on_progress(step, total, record)),
+    )
+    scan = temperature_scan(model, tests, labels=samples.classes, temperatures=scale.temperatures)
+    result = rounded(
+        {
+            "setting": _plain(setting),
+            "scale": scale.name,
+            "seed": seed,
+            "data": {
+                "name": samples.name,
+                "train": len(samples.train[0]),
+                "test": len(samples.test[0]),
+                "classes": samples.classes,
+            },
+            "steps": total,
+            "seconds": seconds,
+            "wall_seconds": time.perf_counter() - began,
+            "torch": torch.__version__,
+            "history": [brief(record, total) for record in history],
+            "final": history[-1],
+            "temperature_scan": [
+                {**brief(record, total), "temperature": record["temperature"]} for record in scan
+            ],
+        }
+    )
+    done.write_text(json.dumps(result))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return result
+
+
+def brief(record: Record, total_steps: int) -> Record:
+    """Return what a history needs of a record."""
+    kept = ("dead", "dead_relative", "pure", "tier_usage", "hard_gradient")
+    layers = [
+        {name: layer[name] for name in kept} | {"usage": layer["usage"]["top1"]}
+        for layer in record["layers"]
+    ]
+    step = record.get("step", total_steps)
+    return {
+        "percent": 100 * step / total_steps,
+        **{name: record[name] for name in ("loss", "top1", "top2", "dead")},
+        "layers": layers,
+    }
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Return plain data with floats cut to significant digits: results are read and committed."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return value
+
+
+def _plain(setting: Setting) -> Record:
+    values = asdict(setting)
+    values["control"] = {**asdict(setting.control), "e": setting.control.e}
+    return values
+
+
+def run_folder(out: Path, setting: Setting, scale: Scale, samples: Samples, seed: int) -> Path:
+    """Return where a run lives: the same for every experiment that needs it."""
+    what = asdict(replace(setting, name=""))
+    identity = json.dumps([what, asdict(scale), seed, samples.name, len(samples.train[0])])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return out / "runs" / f"{scale.name}-{setting.data}-{digest}"
+
+
+def run_experiment(
+    experiment: Experiment,
+    scale: Scale,
+    library: Library,
+    *,
+    seeds: int,
+    out: Path,
+    results: Path,
+    console: Console | None = None,
+) -> Path:
+    """Run what is missing of an experiment; return its JSON file, written anew after each run."""
+    console = console or Console()
+    path = results / f"{experiment.name}-{scale.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs: list[Record] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for seed in range(seeds):
+            for setting in experiment.settings:
+                samples = library.get(setting.data)
+                label = f"{experiment.name} · {setting.name} · seed {seed}"
+                task = progress.add_task(label, total=None)
+
+                def show(
+                    step: int,
+                    total: int,
+                    record: Record | None,
+                    task: Any = task,
+                    label: str = label,
+                ) -> None:
+                    progress.update(task, completed=step, total=total)
+                    if record is not None:
+                        progress.update(task, description=f"{label} · {said(record)}")
+
+                result = run_setting(
+                    setting,
+                    scale,
+                    samples,
+                    seed=seed,
+                    folder=run_folder(out, setting, scale, samples, seed),
+                    on_progress=show,
+                )
+                # A shared run may have been done under another experiment's name for it.
+                runs.append({"name": setting.name, **result})
+                progress.update(task, visible=False)
+                progress.console.print(f"{label} · {said(result['final'])}", highlight=False)
+                write_results(path, experiment, scale, seeds, runs)
+    return path
+
+
+def write_results(
+    path: Path, experiment: Experiment, scale: Scale, seeds: int, runs: list[Record]
+) -> None:
+    """Write an experiment's JSON file: what it is, how to repeat it, and its runs."""
+    content = {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "section": experiment.section,
+        "claim": experiment.claim,
+        "note": experiment.note,
+        "paper": experiment.paper,
+        "scale": scale.name,
+        "seeds": seeds,
+        "command": f"python -m examples.experiments run {experiment.name} "
+        f"--scale {scale.name} --seeds {seeds} --data DIR",
+        "runs": runs,
+    }
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
+    unfinished.replace(path)
+
+
+def said(record: Record) -> str:
+    """Return a record in a few words."""
+    dead = record["dead"]
+    return (
+        f"top-1 {record['top1']:.1%}, loss {record['loss']:.3f}, "
+        f"DEAD top1 {dead['top1']}, topk {dead['topk']}"
+    )
