@@ -8,12 +8,15 @@ from ecomoe.convert import convert
 from ecomoe.moe import EcoMoE
 
 if TYPE_CHECKING:
+    from ecomoe.ecology.monitor import Monitor
+    from ecomoe.ecology.report import Report
+
     __version__: str
 
-__all__ = ["Control", "EcoMoE", "aux_loss", "control_parameter", "convert"]
+__all__ = ["Control", "EcoMoE", "Monitor", "Report", "aux_loss", "control_parameter", "convert"]
 
 # What needs more than torch loads at first use.
-_LAZY: dict[str, str] = {}
+_LAZY = {"Monitor": "ecomoe.ecology.monitor", "Report": "ecomoe.ecology.report"}
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ for leave to use any name
 

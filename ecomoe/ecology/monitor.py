@@ -1,0 +1,374 @@
+"""The monitor: taps to statistics, statistics to events, records to sinks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ecomoe.ecology.events import Event
+from ecomoe.ecology.recorder import Recorder
+from ecomoe.ecology.report import Report, build_record
+from ecomoe.ecology.sinks import JsonlSink
+from ecomoe.ecology.statistics import outcomes_of
+from ecomoe.ecology.taps import PHASES, Phase
+from ecomoe.ecology.taxonomy import Thresholds
+from ecomoe.ecology.watch import Watch
+from ecomoe.moe import EcoMoE
+from ecomoe.schedule import Schedule, unwrap_optimizer
+
+Record = dict[str, Any]
+EventHandler = Callable[[Event], None]
+
+STATE_KEY = "ecomoe_monitor"
+VIEWS = ("report", "lines", "off")
+
+
+class Monitor:
+    """Watches the experts of a model while it trains, without changing what it learns.
+
+    In transformers' Trainer it is a callback, ``Trainer(..., callbacks=[ecomoe.Monitor()])``: it
+    finds model and optimizer by itself, brings the auxiliary losses into the loss, drives the
+    schedule, and adds about ten numbers to the logs.
+
+    In a loop of your own it is a context manager. It drives the schedule with the optimizer's
+    steps; the auxiliary losses are yours to add:
+
+    ``with Monitor(model, optimizer=optimizer, total_steps=1000) as monitor: ...`` and
+    ``loss = task_loss + ecomoe.aux_loss(model)``.
+
+    Training, evaluation and generation are counted apart; padding is left out where the model is
+    given a 2-D ``attention_mask``; what gradient checkpointing computes again is counted once.
+    Counts stay on the device and are moved to the host once per report. Of single tokens nothing
+    is kept, except that after an evaluation pass each layer's first choices stay until
+    `evaluate`, or the next pass.
+
+    An error inside the monitor is reported once, as a warning; the monitor then stops watching and
+    the training goes on, schedule included.
+
+    Args:
+        model: What to watch. Leave it out for the Trainer.
+        optimizer: Counts the steps. Without it call `step`, or let the Trainer do so.
+        total_steps: Optimizer steps of the whole run; drives the schedule of `EcoMoE` layers.
+            Leave it out to drive the schedule yourself.
+        log: A JSONL file that gets every record.
+        every: Optimizer steps between two reports of the training traffic. In the Trainer its own
+            ``logging_steps`` hold instead.
+        thresholds: ``"paper"``, ``"relative"`` (to 16 experts) or a `Thresholds`.
+        on_event: Called with each `Event`; what it raises reaches the loop, to stop a run.
+        view: What to show on the terminal: ``"report"`` at the end of a Trainer's run,
+            ``"lines"`` a line a report as well, or ``"off"``.
+
+    Raises:
+        ValueError: An argument breaks its rule, or the model has no layer to watch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        total_steps: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        thresholds: str | Thresholds = "paper",
+        on_event: EventHandler | None = None,
+        view: str = "report",
+    ) -> None:
+        if type(every) is not int or every < 1:
+            raise ValueError(f"every={every!r} must be an int >= 1; pass steps between reports")
+        if view not in VIEWS:
+            raise ValueError(f"view={view!r} must be one of {', '.join(VIEWS)}; pick one of these")
+        if on_event is not None and not callable(on_event):
+            raise ValueError(f"on_event={on_event!r} must be callable; pass a function of an Event")
+        if model is None and (optimizer is not None or total_steps is not None):
+            raise ValueError(
+                "optimizer and total_steps have no effect without a model; pass the model first, "
+                "or leave them out in a Trainer"
+            )
+        self.thresholds = Thresholds.named(thresholds)
+        self.every = every
+        self.on_event = on_event
+        self.view = view
+        self.log = log
+        self.step_count = 0
+        self._recorder = Recorder(thresholds=self.thresholds, lines=view == "lines")
+        self._watch: Watch | None = None
+        self._step_hook: RemovableHandle | None = None
+        self._schedule: Schedule | None = None
+        self._session: Any = None
+        if model is not None:
+            self.attach(model, optimizer=optimizer, total_steps=total_steps)
+
+    @property
+    def events(self) -> list[Event]:
+        """All events so far."""
+        return list(self._recorder.events)
+
+    # -- attaching ---------------------------------------------------------------------------
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        """Start to watch a model; the constructor does so if it is given one.
+
+        Attach before the model is first run under `torch.compile`: a compiled graph does not see
+        hooks that come later.
+
+        Raises:
+            ValueError: The model has no layer to watch, or is watched by this monitor already.
+        """
+        if self._watch is not None:
+            raise ValueError("the monitor already watches a model; call close() first")
+        self._watch = Watch(model, thresholds=self.thresholds)
+        try:
+            if total_steps is not None and has_eco_layers(model):
+                self._schedule = Schedule(model, total_steps=total_steps, optimizer=optimizer)
+            if optimizer is not None:
+                inner = unwrap_optimizer(optimizer)
+                self._step_hook = inner.register_step_post_hook(self._on_optimizer_step)
+            if self.log is not None:
+                self._recorder.sink = JsonlSink(self.log)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Report what was counted since the last report, and detach; nothing is left behind."""
+        try:
+            self._cut(PHASES)
+        finally:
+            if self._step_hook is not None:
+                self._step_hook.remove()
+            for part in (self._watch, self._schedule, self._session, self._recorder.sink):
+                if part is not None:
+                    part.close()
+            self._step_hook = self._watch = self._schedule = self._session = None
+            self._recorder.sink = None
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        return Monitor(thresholds=self.thresholds, every=self.every, view=self.view)
+
+    def _begin_training(
+        self, model: nn.Module, *, args: Any, state: Any, optimizer: Optimizer | None
+    ) -> None:
+        self.close()
+        self.attach(model)
+        self.step_count = state.global_step
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved is not None and state.global_step:
+            assert self._watch is not None
+            with self._watch.guarded():
+                self.load_state_dict(saved)
+        if has_eco_layers(model):
+            from ecomoe.integrations.trainer import TrainerSession
+
+            self._session = TrainerSession(model, args=args, state=state, optimizer=optimizer)
+
+    def _end_training(self) -> None:
+        self.close()
+        if self.view != "off" and self._recorder.latest:
+            self._show(self.report())
+
+    # -- counting ----------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Count one optimizer step; only where no optimizer was given."""
+        self._advance(self.step_count + 1)
+        if self._schedule is not None:
+            self._schedule.advance(self.step_count)
+
+    def _on_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The schedule knows which steps a gradient scaler has skipped.
+        self._advance(self._schedule.step if self._schedule else self.step_count + 1)
+
+    def _advance(self, step: int) -> None:
+        if self._watch is not None and self._watch.evaluated:
+            self._cut(("eval",))
+        self.step_count = step
+        if self._session is None and step % self.every == 0:
+            self._cut(("train", "generate"))
+
+    def evaluate(self, *, outputs: Tensor, targets: Tensor, shift: bool = False) -> None:
+        """Count, for each expert, whether the evaluation pass just done was right.
+
+        No second pass is needed: the routing of the last one is still at hand. A model of
+        transformers that is given ``labels`` is judged without this call.
+
+        Args:
+            outputs: The model's class logits, ``(..., C)``.
+            targets: True classes, ``(...)``; -100 stands for none.
+            shift: Whether position t predicts the target of t + 1 (causal language models).
+
+        Raises:
+            ValueError: The shapes do not fit.
+        """
+        outcomes = outcomes_of(outputs, targets, shift=shift)
+        if self._watch is not None:
+            with self._watch.guarded():
+                self._watch.evaluate(outcomes)
+
+    # -- reporting ---------------------------------------------------------------------------
+
+    def report(self, phase: Phase | None = None) -> Report:
+        """Return a report of what was counted up to now.
+
+        Args:
+            phase: ``"train"``, ``"eval"`` or ``"generate"``; by default evaluation where there
+                was any, else training.
+
+        Raises:
+            ValueError: No token of that kind was seen.
+        """
+        self._cut(PHASES)
+        return self._recorder.report(phase)
+
+    def _cut(self, phases: Sequence[Phase]) -> Record | None:
+        """Make a record of each phase that saw tokens; return the last one made."""
+        if self._watch is None:
+            return None
+        raised: list[Event] = []
+        record = None
+        with self._watch.guarded():
+            for phase, (layers, metrics) in self._watch.take(phases).items():
+                record = build_record(
+                    step=self.step_count,
+                    phase=phase,
+                    progress=self._progress(),
+                    layers=layers,
+                    metrics=metrics,
+                )
+                raised += self._recorder.add(record)
+        for event in raised:
+            if self.on_event is not None:
+                self.on_event(event)
+        return record
+
+    def _progress(self) -> float | None:
+        schedule = self._schedule if self._session is None else self._session.schedule
+        return None if schedule is None else schedule.progress
+
+    def _show(self, report: Report) -> None:
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(report)
+        else:
+            Console().print(report)
+
+    # -- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> Record:
+        """Return what a checkpoint needs to go on where this monitor stands, as plain data."""
+        return {
+            "step": self.step_count,
+            "history": self._recorder.state_dict(),
+            "sums": {} if self._watch is None else self._watch.sums(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the monitor that gave ``state`` stood; records after it are dropped.
+
+        Raises:
+            ValueError: The state belongs to a model with other layers.
+        """
+        if self._watch is not None:
+            self._watch.load_sums(state["sums"])
+        self.step_count = state["step"]
+        self._recorder.load_state_dict(state["history"])
+
+    # -- events of transformers' Trainer ------------------------------------------------------
+
+    def _nothing(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    on_init_end = on_epoch_begin = on_epoch_end = on_step_begin = _nothing
+    on_pre_optimizer_step = on_optimizer_step = on_substep_end = on_predict = _nothing
+    on_save = on_prediction_step = on_push_begin = _nothing
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the model and arm its auxiliary losses and schedule."""
+        self._begin_training(
+            kwargs["model"], args=args, state=state, optimizer=kwargs.get("optimizer")
+        )
+        move_before_reporters(self, args=args, state=state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the schedule; keep the state ready for a checkpoint."""
+        if self._session is not None:
+            self._session.advance(state)
+        self._advance(state.global_step)
+        if control.should_save:
+            self._store(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the evaluation, and keep the state ready for a checkpoint that may follow."""
+        self._cut(("eval",))
+        self._store(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add about ten numbers to what the Trainer logs."""
+        if logs is None or "train_runtime" in logs:
+            return
+        evaluation = any(key.startswith("eval_") for key in logs)
+        record = self._cut(("eval",) if evaluation else ("train",))
+        added: dict[str, float] = {}
+        if not evaluation and self._session is not None:
+            added |= self._session.auxiliary_logs()
+        if record is not None:
+            prefix = "eval_" if evaluation else ""
+            added |= {
+                f"{prefix}{key}": value for key, value in self._recorder.scalars(record).items()
+            }
+        logs.update(added)
+        # The Trainer has copied `logs` into its history before callbacks see them.
+        if state.log_history:
+            state.log_history[-1].update(added)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report what is left, show the report and detach."""
+        self._end_training()
+
+    def _store(self, state: Any) -> None:
+        if self._watch is None:
+            return
+        with self._watch.guarded():
+            state.stateful_callbacks[STATE_KEY] = self.state_dict()
+
+
+def has_eco_layers(model: nn.Module) -> bool:
+    """Whether a model holds layers of this package."""
+    return any(isinstance(module, EcoMoE) for module in model.modules())
+
+
+def move_before_reporters(monitor: Monitor, *, args: Any, state: Any) -> None:
+    """Move a callback up in its Trainer's list, right behind the one that decides the flow.
+
+    The Trainer runs TensorBoard and its like before the callbacks of the user, so that what those
+    add to the logs would come too late.
+    """
+    from ecomoe.integrations.trainer import calling_trainer
+
+    trainer = calling_trainer(args, state)
+    if trainer is None:
+        return
+    callbacks = trainer.callback_handler.callbacks
+    flow = [type(callback).__name__ == "DefaultFlowCallback" for callback in callbacks]
+    # What stands before it has had this event already, so nothing is called twice.
+    position = callbacks.index(monitor)
+    target = min(flow.index(True) + 1 if True in flow else 0, position)
+    callbacks.insert(target, callbacks.pop(position))

@@ -1,0 +1,100 @@
+"""Keeps the history of a run: records, their events, the DEAD trajectory, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ecomoe.ecology.events import Event, Memory, detect
+from ecomoe.ecology.report import Report, scalars, summary_line
+from ecomoe.ecology.sinks import JsonlSink
+from ecomoe.ecology.taxonomy import Thresholds
+
+Record = dict[str, Any]
+
+
+class Recorder:
+    """What a monitor remembers of a run, apart from the counts that are not reported yet.
+
+    Args:
+        thresholds: Unscaled.
+        lines: Whether to print a line a record.
+
+    Attributes:
+        events: All events so far.
+        trajectory: Step, phase and number of DEAD experts of each record so far.
+        latest: The last record of each phase.
+        num_records: Records so far.
+        sink: Where records are written, if anywhere.
+    """
+
+    def __init__(self, *, thresholds: Thresholds, lines: bool = False) -> None:
+        self.thresholds = thresholds
+        self.lines = lines
+        self.events: list[Event] = []
+        self.trajectory: list[Record] = []
+        self.latest: dict[str, Record] = {}
+        self.num_records = 0
+        self.sink: JsonlSink | None = None
+        self._memory: Memory = {}
+
+    def add(self, record: Record) -> list[Event]:
+        """Take a record, complete it with its events, write it, and return the events."""
+        events, self._memory = detect(self._memory, record, thresholds=self.thresholds)
+        record["events"] = [event.to_dict() for event in events]
+        self.events += events
+        self.trajectory.append(
+            {"step": record["step"], "phase": record["phase"], "dead": record["dead"]}
+        )
+        self.latest[record["phase"]] = record
+        self.num_records += 1
+        if self.sink is not None:
+            self.sink.write(record)
+        if self.lines:
+            print(summary_line(record))
+        return events
+
+    def report(self, phase: str | None) -> Report:
+        """Return a report of the last record of a phase; see `Monitor.report`."""
+        for candidate in (phase,) if phase is not None else ("eval", "train", "generate"):
+            if candidate in self.latest:
+                return Report(
+                    self.latest[candidate],
+                    trajectory=self.trajectory,
+                    events=[event.to_dict() for event in self.events],
+                )
+        raise ValueError(
+            f"phase={phase!r}: no token was seen yet; run the model while the monitor is attached"
+        )
+
+    def scalars(self, record: Record) -> dict[str, float]:
+        """Return about ten numbers for a logger, however many experts there are."""
+        phase = record["phase"]
+        mine = [e.kind for e in self.events if e.phase == phase and e.basis == "top1"]
+        points = [point["dead"]["top1"] for point in self.trajectory if point["phase"] == phase]
+        return scalars(
+            record,
+            num_deaths=mine.count("death"),
+            num_revivals=mine.count("revival"),
+            peak=max(points),
+        )
+
+    def state_dict(self) -> Record:
+        """Return the history as plain data."""
+        return {
+            "num_records": self.num_records,
+            "events": [event.to_dict() for event in self.events],
+            "trajectory": list(self.trajectory),
+            "latest": dict(self.latest),
+            "memory": self._memory,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; records written after it are dropped from the file."""
+        self.num_records = state["num_records"]
+        self.events = [Event(**event) for event in state["events"]]
+        self.trajectory = list(state["trajectory"])
+        self.latest = dict(state["latest"])
+        self._memory = state["memory"]
+        if self.sink is not None:
+            self.sink.rewind(self.num_records)

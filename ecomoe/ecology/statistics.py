@@ -1,0 +1,351 @@
+"""What is counted of a layer's routing, and what follows from the counts.
+
+Everything counted is a plain sum, so counts of two batches, two micro-batches or two processes add
+up to the counts of both. The counting functions run on the device and keep nothing that belongs to
+one token; the others work on the host, on sums that were moved there once per report.
+
+Two bases of usage are kept apart: ``top1`` counts each token at its first choice, ``topk`` counts
+each of its slots.
+
+Axes: N tokens, E experts, K experts chosen for a token, T tiers, P pairs of ranks, M predictions,
+V all sums of a layer in one vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Basis: TypeAlias = Literal["top1", "topk"]
+BASES: tuple[Basis, Basis] = ("top1", "topk")
+
+# Above this the (E, E) co-activation would outweigh all other sums of a layer by far.
+MAX_PAIRED_EXPERTS = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each sum of a layer stands in its vector.
+
+    Attributes:
+        num_experts: E.
+        num_tiers: T.
+    """
+
+    num_experts: int
+    num_tiers: int = 1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each sum by name, in the order of the vector.
+
+        ``num_tokens`` routed tokens; ``padding`` tokens left out; ``nonfinite`` tokens with a NaN
+        or infinite logit; ``entropy`` of the tokens' distributions, nats; ``probes`` tokens that
+        were probed for lockdown, of which ``flips`` changed their set, with their ``margin``.
+        By expert: ``top1`` first choices, ``topk`` slots, ``gate`` mass, ``judged`` first choices
+        with a known outcome, of which ``correct``, ``easy`` and ``hard``. By pairs of experts:
+        ``pairs``, tokens that chose both, the better-ranked one first. By tiers: ``flow`` from the
+        tier of the first to that of the second choice.
+        """
+        experts = self.num_experts
+        paired = experts if experts <= MAX_PAIRED_EXPERTS else 0
+        scalars = ("num_tokens", "padding", "nonfinite", "entropy", "probes", "flips", "margin")
+        by_expert = ("top1", "topk", "gate", "judged", "correct", "easy", "hard")
+        return {
+            **dict.fromkeys(scalars, ()),
+            **dict.fromkeys(by_expert, (experts,)),
+            "pairs": (paired, paired),
+            "flow": (self.num_tiers, self.num_tiers),
+        }
+
+    @property
+    def size(self) -> int:
+        """Length V of the vector."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def pack(self, parts: dict[str, Tensor], *, like: Tensor) -> Tensor:
+        """Return the vector that holds ``parts`` and zeros elsewhere, ``(V,)``, as ``like``."""
+        pieces = [
+            parts[name].to(like.dtype).reshape(-1)
+            if name in parts
+            else like.new_zeros(math.prod(shape))
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(pieces)
+
+    def unpack(self, sums_V: Tensor) -> dict[str, Tensor]:
+        """Return the sums by name, as views of the vector."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        pieces = sums_V.split(sizes)
+        return {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+
+
+def routing_counts(
+    expert_ids_NK: Tensor,
+    *,
+    layout: Layout,
+    weights_NK: Tensor | None = None,
+    tier_of_E: Tensor | None = None,
+    valid_N: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Count the decisions of N tokens, on their device.
+
+    Args:
+        expert_ids_NK: Chosen experts, best first.
+        layout: Sizes of the layer.
+        weights_NK: Gate weights of the chosen experts; without them there is no ``gate``.
+        tier_of_E: The tier of each expert; without it there is no ``flow``.
+        valid_N: False for the tokens to leave out (padding); ``None`` for none.
+
+    Returns:
+        Sums by name, fp64 (fp32 on devices without it), for `Layout.pack`.
+    """
+    num_tokens, top_k = expert_ids_NK.shape
+    experts = layout.num_experts
+    wide = wide_dtype(expert_ids_NK.device)
+    ones_N = expert_ids_NK.new_ones(num_tokens, dtype=wide)
+    valid_N = ones_N if valid_N is None else valid_N.to(wide)
+    slots_NK = valid_N[:, None].expand(-1, top_k)
+    parts = {
+        "num_tokens": valid_N.sum(),
+        "padding": (1 - valid_N).sum(),
+        "top1": sum_by(expert_ids_NK[:, 0], valid_N, size=experts),
+        "topk": sum_by(expert_ids_NK, slots_NK, size=experts),
+    }
+    if weights_NK is not None:
+        # A NaN token must not poison the sums of all others.
+        mass_NK = torch.nan_to_num(weights_NK.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
+        parts["gate"] = sum_by(expert_ids_NK, mass_NK * slots_NK, size=experts)
+    if top_k > 1 and experts <= MAX_PAIRED_EXPERTS:
+        ranks = [(i, j) for i in range(top_k) for j in range(i + 1, top_k)]
+        better_NP = torch.stack([expert_ids_NK[:, i] for i, _ in ranks], dim=1)
+        worse_NP = torch.stack([expert_ids_NK[:, j] for _, j in ranks], dim=1)
+        tokens_NP = valid_N[:, None].expand(-1, len(ranks))
+        parts["pairs"] = sum_by(better_NP * experts + worse_NP, tokens_NP, size=experts**2)
+    if top_k > 1 and tier_of_E is not None:
+        tiers_N2 = tier_of_E[expert_ids_NK[:, :2]]
+        steps_N = tiers_N2[:, 0] * layout.num_tiers + tiers_N2[:, 1]
+        parts["flow"] = sum_by(steps_N, valid_N, size=layout.num_tiers**2)
+    return parts
+
+
+def distribution_counts(probs_NE: Tensor, *, valid_N: Tensor | None = None) -> dict[str, Tensor]:
+    """Sum the entropies of N tokens' distributions over experts and count the broken ones.
+
+    Args:
+        probs_NE: Distributions, shares of 1; a row with a NaN or an infinity counts as
+            ``nonfinite`` and adds no entropy.
+        valid_N: False for the tokens to leave out.
+    """
+    wide = wide_dtype(probs_NE.device)
+    entropy_N = torch.special.entr(probs_NE).sum(-1).to(wide)
+    finite_N = torch.isfinite(entropy_N)
+    counted_N = finite_N if valid_N is None else finite_N & valid_N
+    broken_N = ~finite_N if valid_N is None else ~finite_N & valid_N
+    return {
+        "entropy": torch.where(counted_N, entropy_N, 0.0).sum(),
+        "nonfinite": broken_N.to(wide).sum(),
+    }
+
+
+def outcome_counts(
+    first_N: Tensor,
+    *,
+    layout: Layout,
+    correct_N: Tensor,
+    confidence_N: Tensor,
+    valid_N: Tensor | None = None,
+    easy_above: float = 0.7,
+    hard_below: float = 0.4,
+) -> dict[str, Tensor]:
+    """Count, by first-choice expert, tokens of known outcome, correct, easy and hard ones.
+
+    Args:
+        first_N: First-choice expert of each token.
+        layout: Sizes of the layer.
+        correct_N: Whether the prediction for the token is right.
+        confidence_N: The model's highest class probability for it.
+        valid_N: False for the tokens to leave out (padding, ignored labels).
+        easy_above: A token is easy when the confidence is above this (section 4.10).
+        hard_below: A token is hard when the confidence is below this (section 4.10).
+    """
+    wide = wide_dtype(first_N.device)
+    ones_N = torch.ones_like(correct_N) if valid_N is None else valid_N
+    outcomes = {
+        "judged": ones_N,
+        "correct": correct_N & ones_N,
+        "easy": (confidence_N > easy_above) & ones_N,
+        "hard": (confidence_N < hard_below) & ones_N,
+    }
+    return {
+        name: sum_by(first_N, flags_N.to(wide), size=layout.num_experts)
+        for name, flags_N in outcomes.items()
+    }
+
+
+def sum_by(ids: Tensor, values: Tensor, *, size: int) -> Tensor:
+    """Return the sum of the values of each id, ``(size,)``; ids and values share any shape."""
+    return values.new_zeros(size).scatter_add_(0, ids.reshape(-1), values.reshape(-1))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the sums: fp64 counts exactly up to 2**53 tokens; MPS has only fp32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def shares(counts: Sequence[float]) -> list[float]:
+    """Return each count's share of the sum; zeros where nothing was counted.
+
+    >>> shares([3, 1])
+    [0.75, 0.25]
+    """
+    total = sum(counts)
+    return [count / total if total else 0.0 for count in counts]
+
+
+def ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float | None]:
+    """Return part / whole for each entry, ``None`` where the whole is 0."""
+    return [part / whole if whole else None for part, whole in zip(parts, wholes, strict=True)]
+
+
+def load_entropy(counts: Sequence[float]) -> float:
+    """Return the entropy of the load over experts, nats, from 0 to log E.
+
+    Not to be confused with the token entropy, the mean entropy of single tokens' distributions:
+    a router may be sure of every token and spread them evenly.
+
+    >>> round(load_entropy([1, 1]), 4)
+    0.6931
+    """
+    return sum(-share * math.log(share) for share in shares(counts) if share > 0)
+
+
+def coefficient_of_variation(counts: Sequence[float]) -> float:
+    """Return the standard deviation of the load over its mean, from 0 to sqrt(E - 1).
+
+    >>> coefficient_of_variation([0, 2])
+    1.0
+    """
+    usage, mean = shares(counts), 1 / len(counts)
+    if not any(usage):
+        return 0.0
+    return math.sqrt(sum((share - mean) ** 2 for share in usage) / len(usage)) / mean
+
+
+def max_violation(counts: Sequence[float]) -> float:
+    """Return how far the highest load exceeds the mean, in means, from 0 to E - 1.
+
+    >>> max_violation([1, 3])
+    0.5
+    """
+    usage = shares(counts)
+    return max(usage) * len(usage) - 1 if any(usage) else 0.0
+
+
+def wilson_interval(count: float, total: float, *, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval that a share ``count / total`` of independent trials may truly have.
+
+    The score interval of Wilson (1927): unlike the normal approximation it keeps its coverage near
+    0, where dead experts are. Tokens of one sequence are not independent, so on few sequences the
+    truth is wider.
+
+    Args:
+        count: Successes.
+        total: Trials; with none the interval is (0, 1).
+        z: Half width in standard deviations; 1.96 for 95 %.
+
+    >>> [round(bound, 3) for bound in wilson_interval(0, 400)]
+    [0.0, 0.01]
+    """
+    if total <= 0:
+        return 0.0, 1.0
+    share, extra = count / total, z * z / total
+    centre = share + extra / 2
+    half = z * math.sqrt(max(0.0, share * (1 - share)) / total + extra / (4 * total))
+    scale = 1 + extra
+    # Rounding must not push the bounds past the share itself, nor past 0 and 1.
+    low = min(max(0.0, (centre - half) / scale), share)
+    return low, max(min(1.0, (centre + half) / scale), share)
+
+
+def coactivation_lift(pairs_EE: Tensor, topk_E: Tensor) -> Tensor:
+    """Return the lift of every pair of experts over independence, ``(E, E)``, symmetric.
+
+    1 where two experts share as many tokens as their usage alone would make them, the diagonal 0.
+    The expectation is that of drawing a token's further experts by their share of the slots.
+
+    Args:
+        pairs_EE: Tokens that chose both, the better-ranked one in the row.
+        topk_E: Slots of each expert.
+    """
+    both_EE = (pairs_EE + pairs_EE.T).double()
+    share_E = topk_E.double() / topk_E.sum().clamp_min(1)
+    chance_EE = share_E[:, None] * share_E[None, :]
+    chance_EE = chance_EE * (1 - torch.eye(chance_EE.shape[0], dtype=chance_EE.dtype))
+    expected_EE = chance_EE / chance_EE.sum().clamp_min(1e-300) * both_EE.sum()
+    return torch.where(expected_EE > 0, both_EE / expected_EE, 0.0)
+
+
+class Outcomes(NamedTuple):
+    """What is known about M predictions, one per sample or one per token.
+
+    Attributes:
+        targets_M: True classes, int64; where ``valid_M`` is false, of no meaning.
+        correct_M: Whether the most probable class is the true one.
+        confidence_M: The highest class probability, shares of 1.
+        valid_M: Whether there is a true class.
+    """
+
+    targets_M: Tensor
+    correct_M: Tensor
+    confidence_M: Tensor
+    valid_M: Tensor
+
+
+def outcomes_of(
+    outputs: Tensor, targets: Tensor, *, shift: bool = False, ignore_index: int = -100
+) -> Outcomes:
+    """Compare class logits with true classes.
+
+    Args:
+        outputs: Logits, ``(..., C)``.
+        targets: True classes ``(...)``, or their probabilities ``(..., C)`` (soft labels).
+        shift: Whether position t predicts the target of position t + 1 (causal language models);
+            the last position then has none.
+        ignore_index: The target that stands for none.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if outputs.dim() < 2 or outputs.shape[-1] < 2:
+        raise ValueError(
+            f"outputs has shape {tuple(outputs.shape)}; it must be class logits (..., C) with at "
+            "least two classes: accuracy means nothing for other outputs"
+        )
+    if targets.shape == outputs.shape and targets.is_floating_point():
+        targets = targets.argmax(-1)
+    if targets.shape != outputs.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)} for outputs of {tuple(outputs.shape)}; "
+            f"it must be {tuple(outputs.shape[:-1])}, one class id per prediction"
+        )
+    outputs, targets = outputs.detach(), targets.to(outputs.device)
+    if shift:
+        nothing = torch.full_like(targets[..., :1], ignore_index)
+        targets = torch.cat([targets[..., 1:], nothing], dim=-1)
+    highest, predicted = outputs.float().max(-1)
+    confidence = (highest - outputs.float().logsumexp(-1)).exp()
+    return Outcomes(
+        targets.reshape(-1),
+        (predicted == targets).reshape(-1),
+        confidence.reshape(-1),
+        (targets != ignore_index).reshape(-1),
+    )

@@ -1,0 +1,428 @@
+"""Hooks that read a model's routing without changing anything.
+
+A tap adds what a router decided to a vector of sums on the router's device. Nothing waits for the
+device, nothing is returned, no random number is drawn, and no per-token tensor outlives a forward
+pass, with one exception: in evaluation the first choices of the last pass stay until its labels
+are known.
+
+Axes: N tokens, D features, E experts, K experts chosen for a token, S = N * K slots sorted by
+expert, F output features, V sums of a layer, M predictions or probes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ecomoe.dispatch import Plan
+from ecomoe.ecology import lockdown, statistics
+from ecomoe.ecology.statistics import Layout, Outcomes
+from ecomoe.moe import EcoMoE
+from ecomoe.routing import Routing
+
+Phase: TypeAlias = Literal["train", "eval", "generate"]
+PHASES: tuple[Phase, Phase, Phase] = ("train", "eval", "generate")
+
+
+class Decision(NamedTuple):
+    """What a router decided for N tokens, whatever router it is.
+
+    Attributes:
+        expert_ids_NK: Chosen experts, best first.
+        weights_NK: Gates of the chosen experts, or ``None``.
+        logits_NE: Scores that the choice was made by, or ``None``.
+        probs_NE: Distribution over experts, or ``None``.
+        temperature: T of the scores.
+    """
+
+    expert_ids_NK: Tensor
+    weights_NK: Tensor | None = None
+    logits_NE: Tensor | None = None
+    probs_NE: Tensor | None = None
+    temperature: Tensor | float = 1.0
+
+
+class Hook:
+    """A hook that a copy or a pickle of the model does not take along.
+
+    The copy gets one that does nothing but remove itself when it is first called.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Be called as a hook; return nothing, for any value would replace the output."""
+        if self.call is not None:
+            self.call(module, *args)
+        elif not torch.compiler.is_compiling():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if hook is self]:
+                    del hooks[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+class Traffic:
+    """What is known of the forward pass in progress, told by hooks on the whole model.
+
+    Attributes:
+        inside: Whether a forward pass of the whole model is in progress.
+        phase: Its kind of traffic.
+        evaluated: Whether evaluation passes were seen; the monitor resets it.
+    """
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.phase: Phase = "train"
+        self.evaluated = False
+        self.masks: dict[str, Tensor] = {}
+
+    def begin(self, training: bool, inputs: dict[str, Any]) -> None:
+        """Note the phase and the padding of a pass."""
+        self.inside = True
+        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+        self.phase = "train" if training else "generate" if cached else "eval"
+        self.masks = {}
+        for side in ("", "decoder_"):
+            mask = inputs.get(f"{side}attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                ids = inputs.get(f"{side}input_ids")
+                if isinstance(ids, Tensor) and ids.dim() == 2:
+                    mask = mask[:, -ids.shape[1] :]  # with a cache, only the last tokens come in
+                self.masks[side] = mask.reshape(-1) != 0
+
+    def end(self) -> None:
+        """Forget the pass."""
+        self.inside = False
+        self.masks = {}
+
+    def phase_of(self, module: nn.Module) -> Phase:
+        """Return in which traffic a module runs; outside a pass its own mode tells."""
+        if self.inside:
+            return self.phase
+        return "train" if module.training else "eval"
+
+    def valid(self, num_tokens: int, *, side: str = "") -> Tensor | None:
+        """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown."""
+        for mask_N in (self.masks.get(side), *self.masks.values()):
+            if mask_N is not None and mask_N.shape[0] == num_tokens:
+                return mask_N
+        return None
+
+
+class Seen(NamedTuple):
+    """First choices of one evaluation call, kept until its labels are known."""
+
+    first_N: Tensor
+    predicted_N: Tensor | None
+    valid_N: Tensor | None
+
+
+class LayerTap:
+    """The sums of one layer, by phase.
+
+    Args:
+        name: The layer's name in the model.
+        num_experts: E.
+        top_k: K; experts per token.
+        tiers: Experts of each tier.
+        device: Where the layer computes.
+        traffic: Shared by all taps of a model.
+        side: ``"decoder_"`` where an encoder-decoder model has masks of its own for the layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_experts: int,
+        top_k: int,
+        tiers: tuple[int, ...] = (),
+        device: torch.device,
+        traffic: Traffic,
+        side: str = "",
+    ) -> None:
+        self.name = name
+        self.tiers = tiers or (num_experts,)
+        self.top_k = top_k
+        self.layout = Layout(num_experts, len(self.tiers))
+        self.traffic = traffic
+        self.side = side
+        self.seen: list[Seen] = []
+        self.own_predictions = False
+        self._allocate(device)
+
+    def _allocate(self, device: torch.device) -> None:
+        # An inference tensor could not be added to outside inference mode.
+        with torch.inference_mode(False):
+            wide = statistics.wide_dtype(device)
+            self.sums: dict[Phase, Tensor] = {
+                phase: torch.zeros(self.layout.size, dtype=wide, device=device) for phase in PHASES
+            }
+            tier_of = [tier for tier, size in enumerate(self.tiers) for _ in range(size)]
+            self.tier_of_E = torch.tensor(tier_of, device=device)
+            self.gumbel_ME = lockdown.gumbel_noise(self.layout.num_experts).to(device)
+
+    def observe(self, decision: Decision, *, module: nn.Module) -> None:
+        """Add one call's decisions to the sums, unless a backward pass is recomputing it."""
+        ids_NK = decision.expert_ids_NK.detach()
+        if recomputing() or ids_NK.shape[0] == 0:
+            return
+        if ids_NK.device != self.tier_of_E.device:
+            self._allocate(ids_NK.device)
+        phase = self.traffic.phase_of(module)
+        valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
+        with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
+            parts = statistics.routing_counts(
+                ids_NK,
+                layout=self.layout,
+                weights_NK=decision.weights_NK,
+                tier_of_E=self.tier_of_E,
+                valid_N=valid_N,
+            )
+            if decision.probs_NE is not None:
+                parts |= statistics.distribution_counts(decision.probs_NE, valid_N=valid_N)
+            if decision.logits_NE is not None:
+                rows_M = lockdown.probe_rows(ids_NK.shape[0], device=ids_NK.device)
+                parts |= lockdown.probe_counts(
+                    decision.logits_NE.detach()[rows_M],
+                    top_k=ids_NK.shape[1],
+                    temperature=decision.temperature,
+                    gumbel_ME=self.gumbel_ME,
+                    valid_M=None if valid_N is None else valid_N[rows_M],
+                )
+            sums_V = self.sums[phase]
+            sums_V.add_(self.layout.pack(parts, like=sums_V))
+            if phase == "eval":
+                self.traffic.evaluated = True
+                if not self.traffic.inside:
+                    self.seen.clear()
+                self.seen.append(Seen(ids_NK[:, 0].clone(), None, valid_N))
+
+    def extras(self) -> dict[str, Tensor]:
+        """Return scalars of the layer's last call to report beside the sums."""
+        return {}
+
+    def observe_predictions(self, predicted_N: Tensor) -> None:
+        """Note each token's class as its first-choice expert alone predicts it."""
+        if self.seen and self.seen[-1].predicted_N is None and not recomputing():
+            self.seen[-1] = self.seen[-1]._replace(predicted_N=predicted_N)
+
+    def judge(self, outcomes: Outcomes, *, easy_above: float, hard_below: float) -> bool:
+        """Count the outcomes of the last evaluation pass by expert.
+
+        Returns:
+            Whether the tokens could be matched with the predictions: one each, or a fixed number
+            of tokens (patches) to a sample.
+        """
+        num_outcomes = outcomes.correct_M.shape[0]
+        seen, self.seen = self.seen, []
+        fits = [entry for entry in seen if num_outcomes and not len(entry.first_N) % num_outcomes]
+        for first_N, predicted_N, valid_N in fits:
+            repeats = first_N.shape[0] // num_outcomes
+            targets_N, correct_N, confidence_N, known_N = (
+                values_M.to(first_N.device).repeat_interleave(repeats) for values_M in outcomes
+            )
+            if predicted_N is not None:
+                correct_N = predicted_N == targets_N
+            parts = statistics.outcome_counts(
+                first_N,
+                layout=self.layout,
+                correct_N=correct_N,
+                confidence_N=confidence_N,
+                valid_N=known_N if valid_N is None else known_N & valid_N,
+                easy_above=easy_above,
+                hard_below=hard_below,
+            )
+            sums_V = self.sums["eval"]
+            sums_V.add_(self.layout.pack(parts, like=sums_V))
+        return len(fits) == len(seen)
+
+
+class EcoTap(LayerTap):
+    """Reads an `EcoMoE` layer."""
+
+    def __init__(self, name: str, layer: EcoMoE, *, traffic: Traffic) -> None:
+        super().__init__(
+            name,
+            num_experts=layer.num_experts,
+            top_k=layer.top_k,
+            tiers=layer.tiers,
+            device=layer.temperature.device,
+            traffic=traffic,
+        )
+        self.layer = layer
+        self.own_predictions = layer.num_classes is not None
+
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """Yield the modules to hook and the calls that read them."""
+        yield self.layer.router, self._read_router
+        if self.own_predictions:
+            yield self.layer.experts, self._read_experts
+
+    def extras(self) -> dict[str, Tensor]:
+        """Return the current temperature and the last call's auxiliary losses."""
+        terms = self.layer.auxiliary.terms
+        return {"temperature": self.layer.temperature} | {f"aux.{n}": t for n, t in terms.items()}
+
+    def _read_router(self, module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        decision = Decision(
+            routing.expert_ids_NK,
+            routing.weights_NK.detach(),
+            routing.logits_NE.detach(),
+            routing.probs_NE.detach(),
+            args[1],
+        )
+        self.observe(decision, module=module)
+
+    def _read_experts(
+        self, module: nn.Module, args: tuple[Tensor, Plan], outputs_SF: Tensor
+    ) -> None:
+        if self.traffic.phase_of(module) == "eval":
+            first_N = args[1].inverse_S[:: self.top_k]
+            self.observe_predictions(outputs_SF.detach()[first_N].argmax(-1))
+
+
+class RootTap:
+    """Reads the whole model's inputs and, in evaluation, its outputs and labels.
+
+    Args:
+        model: The whole model.
+        traffic: Told of each pass.
+        on_begin: Called at the start of each pass.
+        on_outputs: Called at the end of an evaluation pass with the outputs and the inputs by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        traffic: Traffic,
+        on_begin: Callable[[], None],
+        on_outputs: Callable[[Any, dict[str, Any]], None],
+    ) -> None:
+        self.traffic = traffic
+        self.on_begin = on_begin
+        self.on_outputs = on_outputs
+        while isinstance(
+            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+        ):
+            model = inner  # a compiled or a distributed wrapper takes *args
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        if not recomputing():
+            self.traffic.begin(module.training, self._inputs(args, kwargs))
+            self.on_begin()
+
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        """Forward hook, called even where the forward raised."""
+        if recomputing():
+            return
+        phase = self.traffic.phase
+        self.traffic.end()
+        if phase == "eval" and outputs is not None:
+            self.on_outputs(outputs, self._inputs(args, kwargs))
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs this forward again (gradient checkpointing)."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def find_taps(model: nn.Module, *, traffic: Traffic) -> list[EcoTap]:
+    """Return a tap for each layer of the model that can be read."""
+    return [
+        EcoTap(name, module, traffic=traffic)
+        for name, module in model.named_modules()
+        if isinstance(module, EcoMoE)
+    ]
+
+
+def attach_taps(
+    taps: list[EcoTap], root: RootTap, model: nn.Module, guard: Callable[..., Callable[..., None]]
+) -> list[RemovableHandle]:
+    """Register all hooks, each wrapped by ``guard``; on a failure none is left."""
+    handles: list[RemovableHandle] = []
+    try:
+        handles.append(
+            model.register_forward_pre_hook(
+                Hook(guard(root.before)), with_kwargs=True, prepend=True
+            )
+        )
+        handles.append(
+            model.register_forward_hook(Hook(guard(root.after)), with_kwargs=True, always_call=True)
+        )
+        for tap in taps:
+            for module, call in tap.hooks():
+                handles.append(module.register_forward_hook(Hook(guard(call))))
+    except BaseException:
+        remove(handles)
+        raise
+    return handles
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks and forget them."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class Taken(NamedTuple):
+    """What was moved to the host of one layer.
+
+    Attributes:
+        sums: By phase the vector ``(V,)``, fp64.
+        extras: Scalars of the last call, by name.
+    """
+
+    sums: dict[Phase, Tensor]
+    extras: dict[str, float]
+
+
+def take_sums(
+    taps: list[EcoTap], phases: tuple[Phase, ...], *, restart: bool = True
+) -> dict[str, Taken]:
+    """Move the sums to the host, one transfer a device, and start them anew at zero."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    extras = {tap.name: tap.extras() for tap in taps}
+    for tap in taps:
+        vectors = [tap.sums[phase] for phase in phases]
+        scalars = [value.to(vectors[0]).reshape(1) for value in extras[tap.name].values()]
+        by_device.setdefault(vectors[0].device, []).extend(vectors + scalars)
+    hosts = {device: iter(_to_host(vectors)) for device, vectors in by_device.items()}
+    taken = {}
+    for tap in taps:
+        host = hosts[tap.sums[phases[0]].device]
+        sums = {phase: next(host) for phase in phases}
+        taken[tap.name] = Taken(sums, {name: next(host).item() for name in extras[tap.name]})
+        if restart:
+            for phase in phases:
+                tap.sums[phase].zero_()
+    return taken
+
+
+def _to_host(vectors: list[Tensor]) -> tuple[Tensor, ...]:
+    sizes = [vector.shape[0] for vector in vectors]
+    host: tuple[Tensor, ...] = torch.cat(vectors).cpu().double().split(sizes)
+    return host

@@ -1,0 +1,209 @@
+"""Hooks on one model, from attaching to closing, and the protection of the run from them.
+
+Axes: M predictions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ecomoe.ecology import statistics, taps
+from ecomoe.ecology.report import layer_record
+from ecomoe.ecology.statistics import Outcomes
+from ecomoe.ecology.taps import Phase, RootTap, Traffic
+from ecomoe.ecology.taxonomy import Thresholds
+
+Record = dict[str, Any]
+
+
+class Watch:
+    """Counts what the routers of a model decide and, in evaluation, how that went.
+
+    Args:
+        model: What to watch.
+        thresholds: Unscaled.
+
+    Attributes:
+        handles: Of all hooks; whoever adds one has it removed with the others.
+        taps: One for each layer that is watched; none after an error.
+
+    Raises:
+        ValueError: The model has no layer to watch.
+    """
+
+    def __init__(self, model: nn.Module, *, thresholds: Thresholds) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model={type(model).__name__} must be an nn.Module; pass the model")
+        self.thresholds = thresholds
+        self.handles: list[RemovableHandle] = []
+        self._traffic = Traffic()
+        self._outcomes: list[Tensor] = []
+        self._judged = False
+        self._shift = predicts_next_token(model)
+        self._warned: set[str] = set()
+        self.taps = taps.find_taps(model, traffic=self._traffic)
+        if not self.taps:
+            raise ValueError(
+                f"model={type(model).__name__} has no mixture-of-experts layer to watch; convert "
+                "it first with ecomoe.convert(model, ...)"
+            )
+        root = RootTap(
+            model,
+            traffic=self._traffic,
+            on_begin=self._begin_pass,
+            on_outputs=self._judge_outputs,
+        )
+        self.handles = taps.attach_taps(self.taps, root, model, self._guard)
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        taps.remove(self.handles)
+        self.taps = []
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there was evaluation traffic since it was last taken."""
+        return self._traffic.evaluated
+
+    def take(self, phases: Sequence[Phase]) -> dict[Phase, tuple[list[Record], Record]]:
+        """Take the counts of some phases, in one transfer a device; they start anew at zero.
+
+        Returns:
+            By phase that saw tokens: the records of the layers, and the outcome over all
+            predictions.
+        """
+        taken = taps.take_sums(self.taps, tuple(phases))
+        found: dict[Phase, tuple[list[Record], Record]] = {}
+        for phase in phases:
+            layers = [
+                layer_record(
+                    tap.name,
+                    taken[tap.name].sums[phase],
+                    layout=tap.layout,
+                    layer_tiers=tap.tiers,
+                    top_k=tap.top_k,
+                    thresholds=self.thresholds,
+                    control=tap.layer.control,
+                    extras=taken[tap.name].extras,
+                )
+                for tap in self.taps
+                if tap.layout.unpack(taken[tap.name].sums[phase])["num_tokens"] > 0
+            ]
+            if layers:
+                found[phase] = layers, self._metrics() if phase == "eval" else {}
+            if phase == "eval":
+                self._traffic.evaluated = False
+        return found
+
+    def _metrics(self) -> Record:
+        if not self._outcomes:
+            return {}
+        correct, judged = torch.stack(self._outcomes).sum(0).tolist()
+        self._outcomes.clear()
+        return {"accuracy": correct / judged if judged else None, "judged": judged}
+
+    def evaluate(self, outcomes: Outcomes) -> None:
+        """Count the outcomes of the evaluation pass just done; the first call for a pass counts."""
+        if self._judged:
+            return
+        self._judged = True
+        matched = True
+        for tap in self.taps:
+            matched &= tap.judge(
+                outcomes,
+                easy_above=self.thresholds.easy_confidence,
+                hard_below=self.thresholds.hard_confidence,
+            )
+        valid_M = outcomes.valid_M
+        self._outcomes.append(torch.stack([(outcomes.correct_M & valid_M).sum(), valid_M.sum()]))
+        if not matched:
+            self._warn(
+                "match",
+                "some layers' tokens are no multiple of the predictions, so these layers get no "
+                "accuracy per expert",
+            )
+
+    def _begin_pass(self) -> None:
+        self._judged = False
+        for tap in self.taps:
+            tap.seen.clear()
+
+    def _judge_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
+        labels = inputs.get("labels")
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
+            return
+        if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            return  # a regression, or a task whose accuracy is not one class per position
+        self.evaluate(statistics.outcomes_of(logits, labels, shift=self._shift))
+
+    def sums(self) -> dict[str, dict[str, list[float]]]:
+        """Return the counts that were not taken yet, by layer and phase, as plain data."""
+        taken = taps.take_sums(self.taps, taps.PHASES, restart=False)
+        return {
+            name: {phase: sums_V.tolist() for phase, sums_V in of_layer.sums.items()}
+            for name, of_layer in taken.items()
+        }
+
+    def load_sums(self, sums: Mapping[str, Mapping[str, list[float]]]) -> None:
+        """Go on from counts that `sums` gave.
+
+        Raises:
+            ValueError: They belong to a model with other layers.
+        """
+        by_name = {tap.name: tap for tap in self.taps}
+        if set(sums) != set(by_name):
+            raise ValueError(
+                f"the state has layers {sorted(sums)}, the model {sorted(by_name)}; load it into "
+                "a monitor of the same model"
+            )
+        for name, of_layer in sums.items():
+            for phase in taps.PHASES:
+                sums_V = by_name[name].sums[phase]
+                sums_V.copy_(torch.tensor(of_layer[phase], dtype=sums_V.dtype))
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep an error of the monitor's own out of the training: the one seam that may."""
+        try:
+            yield
+        except Exception as error:
+            self._stop(error)
+
+    def _guard(self, call: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            try:
+                call(*args)
+            except Exception as error:
+                self._stop(error)
+
+        return guarded
+
+    def _stop(self, error: Exception) -> None:
+        self.close()
+        self._warn(
+            "stopped",
+            "ecomoe.Monitor stopped watching after an error of its own; the training goes on: "
+            f"{type(error).__name__}: {error}",
+        )
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, stacklevel=3)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether a model of transformers compares position t with the label of t + 1."""
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is not None:
+        return bool(loss_type == "ForCausalLM")
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)

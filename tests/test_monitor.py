@@ -1,0 +1,282 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ecomoe
+from ecomoe.ecology import watch
+from ecomoe.ecology.sinks import read_records
+from ecomoe.ecology.taxonomy import Thresholds
+
+STEPS = 12
+
+
+class Classifier(nn.Module):
+    def __init__(self, num_classes=None):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.moe = ecomoe.EcoMoE(8, 16, tiers=(2, 2), num_classes=num_classes)
+        self.head = nn.Identity() if num_classes else nn.Linear(8, 3)
+
+    def forward(self, x):
+        """Patches (B, P, 6) to logits of the sample, their mean."""
+        return self.head(self.moe(self.embed(x))).mean(1)
+
+
+def batches(num=STEPS):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(num):
+        x = torch.randn(8, 5, 6, generator=generator)
+        yield x, x.sum((1, 2)).gt(0).long()
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = Classifier(**options)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model, optimizer, monitor=None):
+    for step, (x, y) in enumerate(batches()):
+        loss = F.cross_entropy(model(x), y) + ecomoe.aux_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 4 == 3:
+            model.eval()
+            with torch.no_grad():
+                for x, y in batches(2):
+                    outputs = model(x)
+                    if monitor is not None:
+                        monitor.evaluate(outputs=outputs, targets=y)
+            model.train()
+
+
+def watched(**settings):
+    model, optimizer = make()
+    with ecomoe.Monitor(model, optimizer=optimizer, total_steps=STEPS, **settings) as monitor:
+        train(model, optimizer, monitor)
+    return model, monitor
+
+
+def test_training_is_bit_equal_with_and_without():
+    model, _ = watched(every=2)
+    plain, optimizer = make()
+    with ecomoe.schedule.Schedule(plain, total_steps=STEPS, optimizer=optimizer):
+        train(plain, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+
+
+def test_schedule_follows_the_optimizer():
+    model, monitor = watched()
+    assert model.moe.temperature.item() == pytest.approx(0.3)
+    assert monitor.step_count == STEPS
+    assert monitor.report("train").to_dict()["control"]["e_now"] < 0.1
+
+
+def test_records_come_every_so_often_and_after_each_evaluation(tmp_path):
+    log = tmp_path / "run.jsonl"
+    _, monitor = watched(every=5, log=log)
+    records = list(read_records(log))
+    found = [(r["step"], r["phase"]) for r in records]
+    assert found == [
+        (4, "eval"),
+        (5, "train"),
+        (8, "eval"),
+        (10, "train"),
+        (12, "train"),
+        (12, "eval"),
+    ]
+    for made in records:
+        layer = made["layers"][0]
+        assert (
+            layer["num_tokens"]
+            == {"train": {12: 2}.get(made["step"], 5), "eval": 2}[made["phase"]] * 40
+        )
+        assert (layer["accuracy"] is None) == (made["phase"] == "train")
+    report = monitor.report().to_dict()
+    assert {key: report[key] for key in records[-1]} == records[-1]
+    assert [p["step"] for p in report["trajectory"]] == [r["step"] for r in records]
+
+
+def test_accuracy_is_that_of_the_tokens_first_choice():
+    model, _ = make()
+    model.eval()
+    (x, y) = next(batches())
+    with torch.no_grad(), ecomoe.Monitor(model) as monitor:
+        outputs = model(x)
+        monitor.evaluate(outputs=outputs, targets=y)
+        monitor.evaluate(outputs=outputs, targets=y)  # the second time changes nothing
+        routing = model.moe.router(model.embed(x).view(-1, 8), model.moe.temperature)
+        report = monitor.report().to_dict()
+    first_N = routing.expert_ids_NK[:, 0]
+    correct_N = (outputs.argmax(-1) == y).repeat_interleave(5)
+    layer = report["layers"][0]
+    # The router was called once more by hand, which the tap counts but does not judge.
+    assert layer["num_tokens"] == 80
+    for expert in range(4):
+        mine = correct_N[first_N == expert]
+        assert layer["judged"][expert] == len(mine)
+        expected = mine.double().mean().item() if len(mine) else None
+        assert layer["accuracy"][expert] == pytest.approx(expected, rel=1e-5)
+    correct = (outputs.argmax(-1) == y).double().mean().item()
+    assert report["metrics"] == {"accuracy": correct, "judged": 8}
+
+
+def test_experts_with_heads_are_judged_by_their_own_prediction():
+    model, _ = make(num_classes=3)
+    model.eval()
+    (x, y) = next(batches())
+    with torch.no_grad(), ecomoe.Monitor(model) as monitor:
+        monitor.evaluate(outputs=model(x), targets=y)
+        layer = monitor.report().to_dict()["layers"][0]
+        tokens_ND = model.embed(x).view(-1, 8)
+        ids_NK = model.moe.router(tokens_ND, model.moe.temperature).expert_ids_NK
+        own_NEF = model.moe.experts.all_outputs(tokens_ND)
+    first_N = ids_NK[:, 0]
+    right_N = own_NEF[torch.arange(40), first_N].argmax(-1) == y.repeat_interleave(5)
+    for expert in range(4):
+        mine = right_N[first_N == expert]
+        expected = mine.double().mean().item() if len(mine) else None
+        assert layer["accuracy"][expert] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_fit_no_prediction_get_no_accuracy():
+    model, _ = make()
+    model.eval()
+    monitor = ecomoe.Monitor(model)
+    model(torch.randn(3, 5, 6))
+    with pytest.warns(UserWarning, match="no multiple of the predictions"):
+        monitor.evaluate(outputs=torch.randn(7, 3), targets=torch.zeros(7).long())
+    assert monitor.report().to_dict()["layers"][0]["accuracy"] is None
+    monitor.close()
+
+
+def test_error_of_the_monitor_is_told_once_and_training_goes_on(monkeypatch):
+    reference, _ = watched()
+
+    def fail(*args, **kwargs):
+        raise ArithmeticError("broken tap")
+
+    monkeypatch.setattr(watch.taps.LayerTap, "observe", fail)
+    with pytest.warns(UserWarning, match="training goes on: ArithmeticError: broken tap") as told:
+        model, monitor = watched()
+    assert len(told) == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+    with pytest.raises(ValueError, match="no token was seen yet"):
+        monitor.report()
+
+
+def test_full_disk_does_not_stop_training(monkeypatch, tmp_path):
+    def fail(self, record):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ecomoe.ecology.sinks.JsonlSink.write", fail)
+    with pytest.warns(UserWarning, match="OSError: no space left"):
+        watched(every=1, log=tmp_path / "run.jsonl")
+
+
+def test_event_handler_may_stop_the_run():
+    model, optimizer = make()
+
+    class Stop(Exception):
+        pass
+
+    def stop(event):
+        raise Stop(str(event))
+
+    with torch.no_grad():
+        for parameter in model.moe.router.parameters():
+            parameter.zero_()
+    # Zero logits: all first choices fall on one expert, so the others are dead.
+    with ecomoe.Monitor(model, optimizer=optimizer, every=1, on_event=stop):
+        model(torch.randn(100, 100, 6))
+        with pytest.raises(Stop, match=r"train moe expert \d top1: death"):
+            optimizer.step()
+
+
+def test_step_by_hand():
+    model, _ = make()
+    with ecomoe.Monitor(model, total_steps=10, every=2) as monitor:
+        for _ in range(4):
+            model(torch.randn(2, 5, 6))
+            monitor.step()
+        assert len(monitor.report().to_dict()["trajectory"]) == 2
+        assert model.moe.temperature.item() == pytest.approx(0.3)
+
+
+def test_state_resumes_to_the_same_history(tmp_path):
+    def run(log, stop=None, state=None, start=0):
+        model, _ = make()
+        monitor = ecomoe.Monitor(model, every=3, log=log)
+        if state is not None:
+            monitor.load_state_dict(json.loads(json.dumps(state)))
+        for step, (x, _) in enumerate(batches(10)):
+            if step < start:
+                continue
+            model(x)
+            monitor.step()
+            if step + 1 == stop:
+                state = monitor.state_dict()
+        monitor.close()
+        return state, list(read_records(log))
+
+    _, whole = run(tmp_path / "whole.jsonl")
+    state, _ = run(tmp_path / "parts.jsonl", stop=5)
+    _, resumed = run(tmp_path / "parts.jsonl", state=state, start=5)
+    assert resumed == whole
+
+
+def test_state_of_another_model_is_refused():
+    monitor = ecomoe.Monitor(make()[0])
+    with pytest.raises(ValueError, match=r"the state has layers \['moe'\], the model \['0.moe'\]"):
+        ecomoe.Monitor(nn.Sequential(make()[0])).load_state_dict(monitor.state_dict())
+
+
+def test_monitored_model_and_monitor_can_be_copied():
+    model, _ = make()
+    monitor = ecomoe.Monitor(model)
+    model(torch.randn(2, 5, 6))
+    copy.deepcopy(model)
+    copy.deepcopy(monitor).attach(model.moe)
+    monitor.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 0}, "every=0 must be an int >= 1"),
+        ({"every": 1.5}, "every=1.5 must be"),
+        ({"thresholds": "strict"}, "thresholds='strict' must be"),
+        ({"on_event": "page me"}, "on_event='page me' must be callable"),
+        ({"view": "film"}, "view='film' must be one of"),
+        ({"total_steps": 0}, "total_steps=0"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ecomoe.Monitor(make()[0], **settings)
+
+
+def test_wrong_models():
+    with pytest.raises(ValueError, match="no mixture-of-experts layer to watch; convert it first"):
+        ecomoe.Monitor(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model=str must be an nn\.Module"):
+        ecomoe.Monitor("gpt2")
+    with pytest.raises(ValueError, match="no effect without a model"):
+        ecomoe.Monitor(total_steps=3)
+    monitor = ecomoe.Monitor(make()[0])
+    with pytest.raises(ValueError, match=r"already watches a model; call close\(\) first"):
+        monitor.attach(make()[0])
+
+
+def test_own_thresholds_are_used():
+    model, _ = make()
+    with ecomoe.Monitor(model, thresholds=Thresholds(core_usage=1, dead_usage=1)) as monitor:
+        model(torch.randn(2, 5, 6))
+        assert monitor.report().to_dict()["dead"] == {"top1": 4, "topk": 4}

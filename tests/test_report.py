@@ -1,0 +1,167 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from ecomoe import Control, Report
+from ecomoe.ecology.report import (
+    build_record,
+    layer_record,
+    prediction_record,
+    scalars,
+    summary_line,
+)
+from ecomoe.ecology.statistics import Layout, routing_counts
+from ecomoe.ecology.taxonomy import Thresholds
+
+CONTROL = Control.from_target(0.545)
+
+
+def make_layer(name, *, tiers=(2, 1, 1), num_tokens=200, dead=(), control=CONTROL):
+    generator = torch.Generator().manual_seed(len(name))
+    layout = Layout(sum(tiers), len(tiers))
+    logits_NE = torch.randn(num_tokens, sum(tiers), generator=generator)
+    logits_NE[:, list(dead)] = -100
+    ids_NK = logits_NE.topk(2).indices
+    tier_of_E = torch.tensor([t for t, size in enumerate(tiers) for _ in range(size)])
+    parts = routing_counts(ids_NK, layout=layout, tier_of_E=tier_of_E)
+    return layer_record(
+        name,
+        layout.pack(parts, like=torch.zeros((), dtype=torch.float64)),
+        layout=layout,
+        layer_tiers=tiers,
+        top_k=2,
+        thresholds=Thresholds(),
+        control=control,
+        extras={"temperature": 0.3, "aux.balance": 0.25},
+    )
+
+
+def make_record(*layers, step=100, metrics=None):
+    return build_record(
+        step=step, phase="eval", progress=0.5, layers=list(layers), metrics=metrics or {}
+    )
+
+
+def rendered(report, width=80):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(report)
+    return console.file.getvalue()
+
+
+def test_record_has_the_documented_shape():
+    record = make_record(make_layer("h.0.mlp", dead=[3]))
+    assert record["step"] == 100
+    assert record["phase"] == "eval"
+    assert record["control"]["e"] == pytest.approx(0.545)
+    assert record["control"]["e_now"] == pytest.approx(CONTROL.e_at(1.0), rel=1e-5)
+    assert record["control"]["predicted_phase"] == "healthy"
+    assert record["dead"] == {"top1": 1, "topk": 1}
+    assert record["events"] == []
+    layer = record["layers"][0]
+    assert layer["category"]["top1"] == ["CORE", "CORE", "CORE", "DEAD"]
+    assert layer["counts"]["topk"][3] == 0
+    assert sum(layer["usage"]["topk"]) == pytest.approx(1, abs=1e-5)
+    assert layer["accuracy"] is None
+    assert layer["tier"]["active"]["top1"] == [2, 1, 0]
+    assert layer["tier"]["flow"][2] == [0, 0, 0]
+    assert layer["auxiliary"] == {"balance": 0.25}
+
+
+def test_record_is_plain_json():
+    record = make_record(make_layer("a"), make_layer("b", control=None))
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_infinite_e_is_null():
+    free = Control(temperature=1, entropy_weight=0.1, oracle_weight=0, balance_weight=0)
+    record = make_record(make_layer("a", control=free))
+    assert record["control"]["e"] is None
+    assert "E inf nominal" in rendered(Report(record))
+    assert "E(t) inf" in summary_line(record)
+
+
+@pytest.mark.parametrize(
+    ("e", "dead", "verdict"),
+    [
+        (0.545, {"top1": 0, "topk": 0}, "as predicted"),
+        (0.545, {"top1": 2, "topk": 1}, "does NOT hold here"),
+        (0.545, {"top1": 2, "topk": 0}, "holds on topk only, NOT on top1"),
+        (0.1, {"top1": 2, "topk": 0}, "holds on top1 only, NOT on topk"),
+        (0.1, {"top1": 0, "topk": 0}, "does NOT hold here"),
+        (0.3, {"top1": 2, "topk": 2}, "as predicted"),
+    ],
+)
+def test_prediction_is_set_beside_what_is_observed(e, dead, verdict):
+    layer = make_layer("a", control=Control.from_target(e))
+    assert verdict in prediction_record([layer], dead)["text"]
+
+
+def test_mixed_predictions_are_told():
+    layers = [make_layer("a"), make_layer("b", control=Control.from_target(0.1))]
+    assert prediction_record(layers, {"top1": 0, "topk": 0})["phase"] == "mixed"
+
+
+def test_report_reads_in_80_columns():
+    layers = [make_layer(f"model.layers.{i}.feed_forward", tiers=(64, 32, 32)) for i in range(48)]
+    layers[7] = make_layer("model.layers.7.feed_forward", tiers=(8, 4, 4), dead=[3])
+    trajectory = [
+        {"step": step, "phase": "eval", "dead": {"top1": dead, "topk": 0}}
+        for step, dead in ((0, 4), (10, 12), (20, 8), (30, 4))
+    ]
+    text = rendered(Report(make_record(*layers), trajectory=trajectory))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 130
+    assert "4 -> 4, peak 12 at step 10" in text
+    assert "112 between the 8 least" in text
+    for number in range(48):
+        assert f"ers.{number}.feed_forward" in text
+
+
+def test_report_names_what_matters():
+    events = [
+        {
+            "kind": "revival",
+            "step": 100,
+            "phase": "eval",
+            "layer": "a",
+            "expert": 3,
+            "basis": "top1",
+            "evidence": {"usage": 0.0512},
+            "advice": "",
+        }
+    ]
+    record = make_record(make_layer("a", dead=[3]), metrics={"accuracy": 0.9, "judged": 10})
+    trajectory = [{"step": 100, "phase": "eval", "dead": record["dead"]}]
+    report = Report(record, trajectory=trajectory, events=events)
+    text = rendered(report)
+    for part in (
+        "DEAD 1 top1",
+        "accuracy 90.0%",
+        "E 0.545 nominal",
+        "NOT hold",
+        "1 revivals",
+        "tiers 2:1:1",
+        "DEAD",
+        "100 eval a expert 3 top1: revival (usage 0.0512)",
+    ):
+        assert part in text, part
+    assert str(report) == text
+
+
+def test_report_is_a_copy():
+    report = Report(make_record(make_layer("a")))
+    report.to_dict()["layers"].clear()
+    assert report.to_dict()["layers"]
+
+
+def test_scalars_are_few_and_finite():
+    record = make_record(*[make_layer(f"layer{i}") for i in range(30)])
+    found = scalars(record, num_deaths=2, num_revivals=1, peak=5)
+    assert 8 <= len(found) <= 12
+    assert all(isinstance(v, float) and math.isfinite(v) for v in found.values())
+    assert found["ecology/dead_peak"] == 5
