@@ -38,6 +38,10 @@ _REENTRANT = (
     "computes them only inside backward(): use checkpoint(..., use_reentrant=False) or attach "
     "ecomoe.Monitor"
 )
+_LOST = (
+    "the optimizer stepped, and the auxiliary losses of the EcoMoE layers did not reach the "
+    "gradient, since the final loss was not where a Monitor looks for it"
+)
 _TWICE = (
     "ecomoe.aux_loss(model) is 0 here because a Monitor already delivers the auxiliary losses; "
     "adding both would count them twice: drop one of the two"
@@ -187,6 +191,8 @@ class LossRelay:
             self._hooks.append(layer.register_forward_pre_hook(count, with_kwargs=True))
         self._spent = True
         self._in_recorded_forward = True
+        self._num_checked = 0
+        self._told = False
         self.num_attached = 0
 
     def watch(self, module: nn.Module) -> None:
@@ -227,6 +233,17 @@ class LossRelay:
             return
         self.num_attached += 1
         loss.register_hook(lambda grad: self._fill(grad, weight))
+
+    def check(self, remedy: str) -> None:
+        """Warn, once, if no final loss was attached since the last check.
+
+        Args:
+            remedy: How the owner of the loop mends it; ends the warning.
+        """
+        if self.num_attached == self._num_checked and not self._told:
+            self._told = True
+            warnings.warn(f"{_LOST}: {remedy}", stacklevel=2)
+        self._num_checked = self.num_attached
 
     def _fill(self, grad: Tensor, weight: float) -> None:
         self._spent = True

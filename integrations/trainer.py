@@ -15,7 +15,6 @@ found as the caller of the callback, by its identity: the frame whose ``self`` o
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -26,21 +25,18 @@ from torch.optim import Optimizer
 from ecomoe.auxiliary import LossRelay, TermMeans
 from ecomoe.schedule import Schedule, unwrap_optimizer
 
-LOG_PREFIX = "aux_"
-
-_LOST = (
-    "the optimizer stepped, and no loss had passed through accelerator.backward(loss), so the "
-    "auxiliary losses of the EcoMoE layers did not reach the gradient: in an overridden "
-    "training_step, call self.accelerator.backward(loss) instead of loss.backward()"
+_REMEDY = (
+    "in an overridden training_step, call self.accelerator.backward(loss) instead of "
+    "loss.backward()"
 )
 
 
 class TrainerSession:
     """One run of ``trainer.train()``, from ``on_train_begin`` to ``on_train_end``.
 
-    It delivers the auxiliary losses, drives the schedule, and logs the auxiliary losses beside the
-    task loss, which stays as it is. Everything that it changes on the trainer, its accelerator, its
-    optimizer and its model is taken back by `close`.
+    It delivers the auxiliary losses, averages them for the log, and drives the schedule. The
+    trainer's own loss stays the task loss. Everything that it changes on the accelerator, the
+    optimizer and the model is taken back by `close`.
 
     Each optimizer step sees the mean over micro-batches and ranks of ``ecomoe.aux_loss``: for any
     accumulation (partial windows too), loss scaling, label smoothing, a ``compute_loss_func``, an
@@ -87,10 +83,7 @@ class TrainerSession:
         self.schedule = Schedule(model, total_steps=state.max_steps)
         self._relay = LossRelay(model)
         self._means = TermMeans(model)
-        self._logged: dict[str, float] = {}
         self._undo: list[Callable[[], None]] = [self._relay.close]
-        self._num_checked = 0
-        self._warned = False
         self._counts_steps = False
         try:
             self._enter(trainer, args, state, optimizer)
@@ -117,53 +110,36 @@ class TrainerSession:
             self._relay.begin_forward()
             return result
 
-        def log(
-            original: Callable[..., Any], logs: dict[str, float], *rest: Any, **named: Any
-        ) -> Any:
-            if "loss" in logs:
-                for name, value in self.auxiliary_logs().items():
-                    logs.setdefault(LOG_PREFIX + name, value)
-            return original(logs, *rest, **named)
-
         self._wrap(trainer.accelerator, "backward", backward)
-        self._wrap(trainer, "log", log)
         if optimizer is not None:
             try:
                 inner = unwrap_optimizer(optimizer)
             except ValueError:
                 return  # no torch optimizer: `advance` does the check
-            hook = inner.register_step_post_hook(lambda *_: self._check_attached())
+            hook = inner.register_step_post_hook(lambda *_: self._relay.check(_REMEDY))
             self._undo.append(hook.remove)
             self._counts_steps = True
 
     def advance(self, state: Any) -> None:
         """Follow the trainer; call it after each optimizer step, in ``on_step_end``."""
         if not self._counts_steps:
-            self._check_attached()
+            self._relay.check(_REMEDY)
         self.schedule.advance(state.global_step)
 
     def auxiliary_logs(self) -> dict[str, float]:
         """Return the means of the auxiliary losses by name since the last call.
 
-        They are before their weights and averaged over layers and micro-batches of this rank;
-        ``total`` is weighted and summed over layers, as it joins the task loss. Empty if nothing
-        was computed. It waits for the device once. Trainer's own log takes them, under
-        ``aux_<name>``, each time it logs the loss, so a callback sees them there.
+        They are named ``aux_<name>``, before their weights and averaged over layers and
+        micro-batches of this rank; ``aux_total`` is weighted and summed over layers, as it joins
+        the task loss. Empty if nothing was computed. It waits for the device once.
         """
-        return self._means.compute()
+        return {f"aux_{name}": mean for name, mean in self._means.compute().items()}
 
     def close(self) -> None:
         """Take back every change; calling it again, or after an exception in training, is fine."""
         while self._undo:
             self._undo.pop()()
         self.schedule.close()
-
-    def _check_attached(self) -> None:
-        """Warn, once, where an optimizer step saw no auxiliary gradient."""
-        if self._relay.num_attached == self._num_checked and not self._warned:
-            self._warned = True
-            warnings.warn(_LOST, stacklevel=2)
-        self._num_checked = self._relay.num_attached
 
     def _wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Put ``wrapper(original, ...)`` in the place of a method, on this one object."""

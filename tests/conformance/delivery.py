@@ -79,6 +79,7 @@ class Recorder(TrainerCallback):
         self.session = None
         self.windows = []
         self.batches = []
+        self.logs = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.session = TrainerSession(model, args=args, state=state, optimizer=optimizer)
@@ -90,6 +91,10 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.session.advance(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logs.append(logs | self.session.auxiliary_logs())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.session.close()

@@ -41,7 +41,6 @@ def nothing_left(trainer) -> bool:
         and not armed(trainer.model)
         and not trainer.optimizer.optimizer._optimizer_step_post_hooks
         and "backward" not in vars(trainer.accelerator)
-        and "log" not in vars(trainer)
     )
 
 
