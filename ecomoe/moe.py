@@ -56,8 +56,8 @@ class EcoMoE(nn.Module):
 
     Args:
         d_model: Input features D, and output features F unless another argument says otherwise.
-        d_hidden: Hidden features of each expert; ``None`` only with ``num_classes``, where each
-            expert is then one linear head.
+        d_hidden: Hidden features of each expert; ``None`` only with ``num_classes`` or
+            ``d_output``, where each expert is then one linear map.
         tiers: Experts in each tier; their sum is the number of experts E.
         top_k: Experts per token, from 1 to E.
         target_e: The E to aim at: healthy from 0.5 on, collapse predicted below 0.2.
@@ -130,7 +130,7 @@ class EcoMoE(nn.Module):
         _check_size("d_model", d_model)
         if num_classes is not None:
             _check_size("num_classes", num_classes)
-        if d_hidden is not None or num_classes is None:
+        if d_hidden is not None or (num_classes is None and d_output is None):
             _check_size("d_hidden", d_hidden)
         if d_output is not None:
             _check_size("d_output", d_output)
@@ -161,7 +161,7 @@ class EcoMoE(nn.Module):
         if d_hidden is None and (gated or activation != "gelu" or hidden_norm is not None):
             raise ValueError(
                 f"gated={gated}, activation={activation!r} and hidden_norm={hidden_norm!r} have no "
-                "effect on linear heads; leave them out, or give d_hidden"
+                "effect on linear experts; leave them out, or give d_hidden"
             )
 
         self.d_model = d_model
@@ -190,11 +190,12 @@ class EcoMoE(nn.Module):
             d_model, num_experts=self.num_experts, top_k=top_k, device=device, dtype=wide
         )
         self.experts: Experts
+        outputs = num_classes if num_classes is not None else d_output
         if d_hidden is None:
-            assert num_classes is not None
+            assert outputs is not None
             self.experts = HeadExperts(
                 d_model,
-                num_classes,
+                outputs,
                 num_experts=self.num_experts,
                 bias=bias,
                 dropout=dropout,
@@ -206,7 +207,7 @@ class EcoMoE(nn.Module):
                 d_model,
                 d_hidden,
                 num_experts=self.num_experts,
-                d_output=num_classes if num_classes is not None else d_output,
+                d_output=outputs,
                 activation=activation,
                 gated=gated,
                 bias=bias,
