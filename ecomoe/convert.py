@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ecomoe.experts import FFNExperts
+from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE, Oracle
 from ecomoe.sites import Found, Layers, find_blocks, refusals, select_blocks
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
@@ -121,34 +121,34 @@ def convert(
 def _plan_layer(block: Found, expert_width: float, settings: Mapping[str, Any]) -> EcoMoE:
     """Build the layer of a block without memory, so that every check runs before any change."""
     ffn = block.site.ffn
-    weight = ffn.up.weight
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{block.name} has weights of dtype {weight.dtype}, which cannot be trained; load the "
-            "model unquantised"
-        )
+    dtypes = [projection.weight.dtype for projection in ffn.projections]
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"{block.name} has weights of dtype {dtype}, which cannot be trained; load the "
+                "model unquantised"
+            )
     width = max(1, round(expert_width * ffn.d_hidden))
     if width != ffn.d_hidden and ffn.fixed_width:
         raise ValueError(
-            f"expert_width={expert_width} must be 1 for {block.name}, which has a norm or learnt "
-            f"activation of its {ffn.d_hidden} hidden features; leave expert_width out"
+            f"expert_width={expert_width} must be 1 for {block.name}, whose {ffn.d_hidden} hidden "
+            "features go through a norm, a learnt activation or a convolution of that width; leave "
+            "expert_width out, or leave the block out of layers"
         )
-    dense = None
-    if settings["oracle"] == "dense":
-        dense = DenseTwin(ffn)
+    form: dict[str, Any] = {} if ffn.up is None else {"activation": ffn.activation}
     return block.site.layer(
         ffn.d_model,
-        width,
-        activation=ffn.activation,
+        None if ffn.up is None else width,
         gated=ffn.gate is not None,
         bias=any(p.bias is not None for p in ffn.projections),
         dropout=ffn.dropout,
         output_dropout=ffn.output_dropout,
         hidden_norm=ffn.norm,
         d_output=ffn.d_output,
-        dense=dense,
+        dense=DenseTwin(ffn) if settings["oracle"] == "dense" else None,
         device="meta",
-        dtype=weight.dtype,
+        dtype=dtypes[0],
+        **form,
         **settings,
     )
 
@@ -162,18 +162,26 @@ class DenseTwin(nn.Module):
 
     def __init__(self, ffn: DenseFFN) -> None:
         super().__init__()
-        self.expert = FFNExperts(
-            ffn.d_model,
-            ffn.d_hidden,
-            num_experts=1,
-            d_output=ffn.d_output,
-            activation=deepcopy(ffn.activation),
-            gated=ffn.gate is not None,
-            bias=any(p.bias is not None for p in ffn.projections),
-            norm=deepcopy(ffn.norm),
-            device="meta",
-            dtype=ffn.up.weight.dtype,
-        )
+        bias = any(p.bias is not None for p in ffn.projections)
+        dtype = ffn.projections[0].weight.dtype
+        self.expert: Experts
+        if ffn.up is None:
+            self.expert = HeadExperts(
+                ffn.d_model, ffn.d_output, num_experts=1, bias=bias, device="meta", dtype=dtype
+            )
+        else:
+            self.expert = FFNExperts(
+                ffn.d_model,
+                ffn.d_hidden,
+                num_experts=1,
+                d_output=ffn.d_output,
+                activation=deepcopy(ffn.activation),
+                gated=ffn.gate is not None,
+                bias=bias,
+                norm=deepcopy(ffn.norm),
+                device="meta",
+                dtype=dtype,
+            )
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the block's output, ``(N, F)``."""
@@ -227,9 +235,8 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, init: Init, amount: float) -> None:
     """Give a planned layer its memory and its start values."""
-    device = ffn.up.weight.device
+    device = ffn.down.weight.device
     experts = layer.experts
-    assert isinstance(experts, FFNExperts)
     if device.type != "meta":
         # What copies nothing from the dense block first: experts without memory cost no drawing.
         inside = set(experts.modules())

@@ -116,8 +116,9 @@ class Parts:
     returns the `Site`.
 
     Attributes:
-        up: The first linear map, or both of them where ``packed``.
         down: The last linear map.
+        up: The first linear map, or both of them where ``packed``; ``None`` where the last one
+            alone is token-wise.
         act: The activation, or several applied in turn, or the function itself.
         gate: The linear map of the gate, in a gated block.
         packed: Which half of ``up``'s output is the gate, where one map computes both.
@@ -132,9 +133,9 @@ class Parts:
         linear: Takes the weights out of a linear map.
     """
 
-    up: str
     down: str
-    act: str | tuple[str, ...] | Activation
+    up: str | None = None
+    act: str | tuple[str, ...] | Activation = ()
     gate: str | None = None
     packed: Literal["gate first", "gate last"] | None = None
     norm: str | None = None
@@ -149,17 +150,22 @@ class Parts:
 
     def __call__(self, module: nn.Module) -> Site:
         """Take the block of a module apart."""
-        first = attrgetter(self.up)(module)
-        up = self.linear(first)
-        gate = None if self.gate is None else self.linear(attrgetter(self.gate)(module))
+        maps = [name for name in (self.gate, self.up, self.down) if name is not None]
+        linears = [attrgetter(name)(module) for name in maps]
+        gate, up, down = (
+            None if name is None else self.linear(attrgetter(name)(module))
+            for name in (self.gate, self.up, self.down)
+        )
+        assert down is not None
         if self.packed is not None:
+            assert up is not None
             gate, up = up.split(2) if self.packed == "gate first" else reversed(up.split(2))
-        images = isinstance(first, (nn.Conv1d, nn.Conv2d))
+        images = any(isinstance(linear, (nn.Conv1d, nn.Conv2d)) for linear in linears)
         norm = None if self.norm is None else _on_rows(attrgetter(self.norm)(module), images)
         ffn = DenseFFN(
             up=up,
             gate=gate,
-            down=self.linear(attrgetter(self.down)(module)),
+            down=down,
             activation=self._activation(module, images),
             norm=None if isinstance(norm, nn.Identity) else norm,
             dropout=_probability(module, self.dropout),
@@ -197,7 +203,7 @@ def _probability(module: nn.Module, name: str | None) -> float:
     if name is None:
         return 0.0
     dropout = attrgetter(name)(module)
-    if isinstance(dropout, nn.Identity):
+    if dropout is None or isinstance(dropout, nn.Identity):
         return 0.0
     return float(getattr(dropout, "p", dropout))
 

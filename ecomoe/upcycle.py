@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ecomoe.experts import Activation, ExpertLinear, FFNExperts
+from ecomoe.experts import Activation, ExpertLinear, Experts, FFNExperts, HeadExperts
 
 Init = Literal["upcycle", "noise", "partial", "random"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -54,21 +54,22 @@ class DenseFFN:
     """A dense feed-forward block taken apart.
 
     It computes ``down(norm(drop(act(up x))))``, gated ``down(norm(drop(act(gate x) * up x)))``,
-    followed by dropout of the output.
+    followed by dropout of the output. Without ``up`` it is the second half of a block whose hidden
+    features mix tokens: ``down(drop(x))``, with D = H.
 
     Attributes:
-        up: (H, D).
         down: (F, H).
+        up: (H, D), or ``None``.
         gate: (H, D), or ``None`` in a plain block.
-        activation: A callable or module on hidden features, (..., H) to (..., H).
+        activation: A callable or module on hidden features, (..., H) to (..., H); only after up.
         norm: A module on the hidden features, (S, H) to (S, H), or ``None``.
         dropout: Probability of dropping a hidden feature in training.
         output_dropout: Probability of dropping an output feature in training.
     """
 
-    up: Projection
     down: Projection
-    activation: Activation
+    up: Projection | None = None
+    activation: Activation = torch.nn.functional.gelu
     gate: Projection | None = None
     norm: nn.Module | None = None
     dropout: float = 0.0
@@ -77,12 +78,12 @@ class DenseFFN:
     @property
     def d_model(self) -> int:
         """Input features D."""
-        return self.up.weight.shape[1]
+        return (self.down if self.up is None else self.up).weight.shape[1]
 
     @property
     def d_hidden(self) -> int:
         """Hidden features H."""
-        return self.up.weight.shape[0]
+        return self.down.weight.shape[1]
 
     @property
     def d_output(self) -> int:
@@ -102,6 +103,8 @@ class DenseFFN:
     @property
     def fixed_width(self) -> bool:
         """Whether something in the block is made for exactly H hidden features."""
+        if self.up is None:
+            return True
         modules = [m for m in (self.activation, self.norm) if isinstance(m, nn.Module)]
         return any(t.numel() > 1 for m in modules for t in (*m.parameters(), *m.buffers()))
 
@@ -137,12 +140,13 @@ def copied_features(num_experts: int, *, d_hidden: int, width: int) -> tuple[Ten
 
 
 @torch.no_grad()
-def fill_experts(experts: FFNExperts, ffn: DenseFFN, *, init: Init, amount: float) -> None:
+def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) -> None:
     """Write the weights of a dense block into experts.
 
     Args:
-        experts: Experts of the block's features, gated as it is, of any width W (of exactly H where
-            ``ffn.fixed_width``). They have a bias where any projection of the block has one.
+        experts: Experts of the block's form (gated as it is, linear where it has no ``up``) and of
+            any width W, or exactly H where ``ffn.fixed_width``. They have a bias where any
+            projection of the block has one; the others are taken away.
         ffn: The dense block.
         init: ``"upcycle"`` copies (Komatsuzaki et al. 2023, arXiv:2212.05055). ``"noise"`` adds to
             each copy normal noise. ``"partial"`` draws a share of each expert's hidden features
@@ -151,44 +155,61 @@ def fill_experts(experts: FFNExperts, ffn: DenseFFN, *, init: Init, amount: floa
         amount: For noise, its standard deviation over that of the weights; for partial, the share
             of hidden features drawn afresh, in [0, 1]. Else without effect.
     """
-    first = experts.gate_up_proj if experts.gated else experts.up_proj
     sources = [p for p in (ffn.gate, ffn.up) if p is not None]
-    for proj, dense in ((first, sources), (experts.down_proj, [ffn.down])):
+    first, down = _projections(experts)
+    for proj, dense in ((first, sources), (down, [ffn.down])):
+        if proj is None:
+            continue
         if all(source.bias is None for source in dense):
             proj.bias = None
         for parameter in proj.parameters():
             parameter.requires_grad_(any(source.trainable for source in dense))
+        if init == "random":
+            proj.reset_parameters()
     if init == "random":
-        first.reset_parameters()
-        experts.down_proj.reset_parameters()
         return
-    features_EW, factors_EW = copied_features(
-        experts.num_experts, d_hidden=ffn.d_hidden, width=experts.d_hidden
-    )
+    num_experts, _, width = down.weight.shape
+    features_EW, factors_EW = copied_features(num_experts, d_hidden=ffn.d_hidden, width=width)
     device = ffn.down.weight.device
-    if ffn.d_hidden == experts.d_hidden:
-        copies: list[slice | Tensor] = [slice(None)] * experts.num_experts
+    if ffn.d_hidden == width:
+        copies: list[slice | Tensor] = [slice(None)] * num_experts
     else:
         copies = list(features_EW.to(device).unbind())
     factors_EW = factors_EW.to(device=device, dtype=ffn.down.weight.dtype)
     for e, features_W in enumerate(copies):
-        rows = [source.weight[features_W] for source in sources]
-        first.weight[e].copy_(torch.cat(rows))
-        if first.bias is not None:
-            biases = [
-                row.new_zeros(row.shape[0]) if source.bias is None else source.bias[features_W]
-                for row, source in zip(rows, sources, strict=True)
-            ]
-            first.bias[e].copy_(torch.cat(biases))
-        experts.down_proj.weight[e].copy_(ffn.down.weight[:, features_W] * factors_EW[e])
-        if experts.down_proj.bias is not None:
+        if first is not None:
+            _copy_rows(first, e, sources, features_W)
+        down.weight[e].copy_(ffn.down.weight[:, features_W] * factors_EW[e])
+        if down.bias is not None:
             assert ffn.down.bias is not None
-            experts.down_proj.bias[e].copy_(ffn.down.bias)
+            down.bias[e].copy_(ffn.down.bias)
     if init == "noise":
-        _add_noise(first, amount)
-        _add_noise(experts.down_proj, amount)
+        for proj in (first, down):
+            if proj is not None:
+                _add_noise(proj, amount)
     elif init == "partial":
-        _redraw_features(first, experts.down_proj, amount, sections=len(sources))
+        _redraw_features(first, down, amount, sections=len(sources))
+
+
+def _projections(experts: Experts) -> tuple[ExpertLinear | None, ExpertLinear]:
+    """Return the experts' first linear map, if there are two, and their last."""
+    if isinstance(experts, FFNExperts):
+        return experts.gate_up_proj if experts.gated else experts.up_proj, experts.down_proj
+    assert isinstance(experts, HeadExperts)
+    return None, experts.head
+
+
+def _copy_rows(
+    first: ExpertLinear, expert: int, sources: list[Projection], features_W: slice | Tensor
+) -> None:
+    rows = [source.weight[features_W] for source in sources]
+    first.weight[expert].copy_(torch.cat(rows))
+    if first.bias is not None:
+        biases = [
+            row.new_zeros(row.shape[0]) if source.bias is None else source.bias[features_W]
+            for row, source in zip(rows, sources, strict=True)
+        ]
+        first.bias[expert].copy_(torch.cat(biases))
 
 
 def _add_noise(proj: ExpertLinear, amount: float) -> None:
@@ -197,7 +218,7 @@ def _add_noise(proj: ExpertLinear, amount: float) -> None:
 
 
 def _redraw_features(
-    first: ExpertLinear, down: ExpertLinear, share: float, *, sections: int
+    first: ExpertLinear | None, down: ExpertLinear, share: float, *, sections: int
 ) -> None:
     """Draw the same share of hidden features of each expert anew in all its projections."""
     width = down.weight.shape[-1]
@@ -206,7 +227,7 @@ def _redraw_features(
         return
     for e in range(down.weight.shape[0]):
         features = torch.randperm(width)[:num_redrawn].to(down.weight.device)
-        for rows in _sections(first, e, sections):
+        for rows in _sections(first, e, sections) if first is not None else ():
             rows[features] = _like(rows[features])
         columns = down.weight[e].T
         columns[features] = _like(columns[features])

@@ -5,12 +5,13 @@ Importing this module does not import transformers.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from ecomoe.sites import Parts, Rule, Site, class_rule, linear_map
-from ecomoe.upcycle import Projection
+from ecomoe.integrations.huggingface_blocks import RULES
+from ecomoe.sites import Site, class_rule
+
+# Parts of mixtures of experts that are there already, which share their classes with dense blocks.
+OTHER_PLACES = {"experts", "shared_expert", "shared_experts", "shared_mlp"}
 
 
 def recognise(name: str, module: nn.Module) -> Site | None:
@@ -23,19 +24,7 @@ def recognise(name: str, module: nn.Module) -> Site | None:
     Raises:
         Refused: It is an FFN that cannot be token-wise.
     """
+    if OTHER_PLACES.intersection(name.split(".")):
+        return None
     rule = class_rule(RULES, module, root="transformers")
     return None if rule is None else rule(module)
-
-
-def projection(linear: Any) -> Projection:
-    """Take the weights of a linear map, or of a Conv1D, which holds them transposed."""
-    if type(linear).__name__ == "Conv1D":
-        return Projection.of(linear.weight.T, linear.bias)
-    return linear_map(linear)
-
-
-RULES: dict[str, Rule] = {
-    "GPT2MLP": Parts(
-        up="c_fc", act="act", down="c_proj", output_dropout="dropout", linear=projection
-    ),
-}

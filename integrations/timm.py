@@ -55,9 +55,6 @@ _GRN = _refuse(
 )
 _GATING = _refuse("its spatial gating unit mixes tokens, so it cannot work token by token")
 _FUSED = _refuse("it computes attention and feed-forward in the same linear maps")
-_DEPTHWISE = _refuse(
-    "its hidden features go through a depthwise convolution, so it cannot work token by token"
-)
 
 
 def _convs(first: str, norm: str, act: str, last: str, *, dropout: str | None = None) -> Parts:
@@ -85,11 +82,9 @@ def _conv_mlp_with_norm(m: Any) -> Site | None:
 
 
 def _conv_mlp_with_mid(m: Any) -> Site | None:
-    return (
-        _convs("fc1.conv", "fc1.bn", "drop1", "fc2.conv")(m)
-        if _is_nothing(m.mid)
-        else _DEPTHWISE(m)
-    )
+    if isinstance(m.mid, nn.Identity):
+        return _convs("fc1.conv", "fc1.bn", "drop1", "fc2.conv")(m)
+    return Parts(down="fc2.conv", seat="fc2.conv")(m)
 
 
 def _spatial_mlp(m: Any) -> Site | None:
@@ -120,10 +115,6 @@ def _gemma4_mlp(m: Any) -> Site | None:
         down="down_proj.linear",
         output_dropout="drop",
     )(m)
-
-
-def _is_nothing(module: Any) -> bool:
-    return module is None or isinstance(module, nn.Identity)
 
 
 _CONV_MLP = Parts(up="fc1", act=("norm", "act"), down="fc2", dropout="drop")
@@ -183,7 +174,8 @@ RULES: dict[str, Rule] = {
     "inception_next.ConvMlp": _CONV_MLP,
     "levit.LevitMlp": _convs("ln1.linear", "ln1.bn", "act", "ln2.linear", dropout="drop"),
     "lowformer.LowFormerBlock": _residual_mlp("mlp.main"),
-    "pvt_v2.MlpWithDepthwiseConv": _DEPTHWISE,
+    # After the depthwise convolution.
+    "pvt_v2.MlpWithDepthwiseConv": Parts(down="fc2", seat="fc2"),
     "rdnet.Block": _RDNET,
     "rdnet.BlockESE": _RDNET,
     "repvit.RepVitMlp": _convs("conv1.c", "conv1.bn", "act", "conv2.c"),

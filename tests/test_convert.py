@@ -330,6 +330,29 @@ def test_copied_features_share_the_output_weight(width):
         assert torch.allclose(total.mean(0), torch.ones(8))
 
 
+@pytest.mark.parametrize("init", ["upcycle", "noise", "partial", "random"])
+def test_after_a_depthwise_convolution_experts_are_linear(init):
+    from timm.models.pvt_v2 import MlpWithDepthwiseConv
+
+    torch.manual_seed(0)
+    block = jittered(MlpWithDepthwiseConv(16, 32, drop=0.1)).eval()
+    x = torch.randn(2, 12, 16)
+    want = block(x, [3, 4])
+    weight = block.fc2.weight
+    ecomoe.convert(block, init=init, oracle="dense", oracle_weight=0.1, verbose=False)
+    layer = block.fc2
+    assert isinstance(layer, ecomoe.EcoMoE)
+    if init == "upcycle":
+        assert relative_error(block(x, [3, 4]), want) < RTOL
+    elif init == "partial":
+        kept = (layer.experts.head.weight == weight).all(1)
+        assert (kept.sum(1) == 16).all()
+    else:
+        assert not (layer.experts.head.weight == weight).any()
+    block.train()(x, [3, 4]).sum().backward()
+    assert all(p.grad is not None for p in layer.experts.parameters())
+
+
 def test_dense_oracle_compares_with_a_frozen_copy():
     torch.manual_seed(0)
     dense = jittered(Mlp(32, 64, norm_layer=nn.LayerNorm, drop=0.5))

@@ -34,6 +34,10 @@ LAYERS = [
     {"ecomoe"},
     {
         "integrations",
+        "integrations.huggingface_blocks",
+        "integrations.tiny",
+    },
+    {
         "integrations.huggingface",
         "integrations.timm",
         "integrations.trainer",
