@@ -9,7 +9,7 @@ D input features, F output features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def unsort_slots(y_SF: Tensor, plan: Plan, *, top_k: int) -> Tensor:
 
 def combine(y_NKF: Tensor, weights_NK: Tensor) -> Tensor:
     """Return the gate-weighted sum over each token's experts, ``(N, F)``, in the gates' dtype."""
-    return torch.matmul(weights_NK.unsqueeze(1), y_NKF.to(weights_NK.dtype)).squeeze(1)
+    with torch.autocast(weights_NK.device.type, enabled=False):
+        return torch.matmul(weights_NK.unsqueeze(1), y_NKF.to(weights_NK.dtype)).squeeze(1)
 
 
 def grouped_linear(
@@ -66,7 +67,7 @@ def grouped_linear(
 
     An expert without slots gets a gradient of zeros, not ``None``.
     """
-    return torch.ops.ecomoe.grouped_linear(x_SD, weight_EFD, bias_EF, ends_E)  # type: ignore[no-any-return]
+    return _GroupedLinear.apply(x_SD, weight_EFD, bias_EF, ends_E)  # type: ignore[no-any-return]
 
 
 class _ToSlots(torch.autograd.Function):
@@ -119,12 +120,25 @@ class _Permute(torch.autograd.Function):
 # the compiler sees one opaque node with fixed shapes.
 
 
-def _grouped_mm_takes(x_SD: Tensor, weight_EFD: Tensor) -> bool:
-    """Whether ``F.grouped_mm`` accepts these operands (torch 2.14: dtype and 16-byte rows)."""
-    if x_SD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    row_bytes = (x_SD.shape[-1] * x_SD.itemsize, weight_EFD.shape[1] * x_SD.itemsize)
-    return all(size % 16 == 0 for size in row_bytes)
+def _in_a_loop(x_SD: Tensor) -> bool:
+    """Whether to launch one product per expert, whose bounds are then read on the host.
+
+    On a CPU that is the faster way (the bias is added inside each product). Elsewhere it is the way
+    for what ``F.grouped_mm`` lacks: fp64, where the device is waited for.
+    """
+    narrow = x_SD.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _on_host(x_SD) or not narrow
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
+def _aligned(tensor: Tensor, *, axes: int = 1) -> Tensor:
+    """Pad the last axes with zeros: ``F.grouped_mm`` wants rows on multiples of 16 bytes."""
+    step = 16 // tensor.itemsize
+    pads = [pad for size in reversed(tensor.shape[-axes:]) for pad in (0, -size % step)]
+    return F.pad(tensor, pads) if any(pads) else tensor.contiguous()
 
 
 def _groups(ends_E: Tensor) -> list[tuple[int, int, int]]:
@@ -137,9 +151,7 @@ def _groups(ends_E: Tensor) -> list[tuple[int, int, int]]:
 def _grouped_linear(
     x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor
 ) -> Tensor:
-    if x_SD.is_cpu or not _grouped_mm_takes(x_SD, weight_EFD):
-        # A loop costs one launch an expert. On a CPU that is the faster way (the bias is added
-        # inside each product); elsewhere it is the way for dtypes that grouped_mm lacks.
+    if _in_a_loop(x_SD):
         y_SF = x_SD.new_empty(x_SD.shape[0], weight_EFD.shape[1])
         for e, s, t in _groups(ends_E):
             if bias_EF is None:
@@ -147,7 +159,8 @@ def _grouped_linear(
             else:
                 torch.addmm(bias_EF[e], x_SD[s:t], weight_EFD[e].mT, out=y_SF[s:t])
         return y_SF
-    y_SF = F.grouped_mm(x_SD, weight_EFD.mT, offs=ends_E)
+    y_SF = F.grouped_mm(_aligned(x_SD), _aligned(weight_EFD, axes=2).mT, offs=ends_E)
+    y_SF = y_SF[:, : weight_EFD.shape[1]].contiguous()
     if bias_EF is not None:
         y_SF = y_SF + bias_EF.index_select(0, _expert_of_slot(ends_E, x_SD.shape[0]))
     return y_SF
@@ -163,13 +176,14 @@ def _grouped_linear_backward(
     grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_SF = grad_SF.contiguous()
-    num_experts, width_out, _ = weight_EFD.shape
-    if x_SD.is_cpu or not _grouped_mm_takes(x_SD, weight_EFD):
-        grad_x_SD = torch.empty_like(x_SD)
+    num_experts, width_out, width_in = weight_EFD.shape
+    if _in_a_loop(x_SD):
+        grad_x_SD = x_SD.new_empty(x_SD.shape)
         groups = _groups(ends_E)
         # Only experts without slots need the zeros.
         full = len(groups) == num_experts
-        grad_weight_EFD = (torch.empty_like if full else torch.zeros_like)(weight_EFD)
+        new = weight_EFD.new_empty if full else weight_EFD.new_zeros
+        grad_weight_EFD = new(weight_EFD.shape)
         grad_bias_EF = grad_SF.new_zeros(num_experts if has_bias else 0, width_out)
         for e, s, t in groups:
             torch.mm(grad_SF[s:t], weight_EFD[e], out=grad_x_SD[s:t])
@@ -177,8 +191,11 @@ def _grouped_linear_backward(
             if has_bias:
                 torch.sum(grad_SF[s:t], 0, out=grad_bias_EF[e])
         return grad_x_SD, grad_weight_EFD, grad_bias_EF
-    grad_x_SD = F.grouped_mm(grad_SF, weight_EFD, offs=ends_E)
-    grad_weight_EFD = F.grouped_mm(grad_SF.mT, x_SD, offs=ends_E)
+    rows_SF = _aligned(grad_SF)
+    grad_x_SD = F.grouped_mm(rows_SF, _aligned(weight_EFD, axes=2), offs=ends_E)
+    grad_x_SD = grad_x_SD[:, :width_in].contiguous()
+    grad_weight_EFD = F.grouped_mm(rows_SF.mT, _aligned(x_SD), offs=ends_E)
+    grad_weight_EFD = grad_weight_EFD[:, :width_out, :width_in].contiguous()
     starts_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1]))
     grad_weight_EFD.masked_fill_((starts_E == ends_E).view(-1, 1, 1), 0.0)
     grad_bias_EF = grad_SF.new_zeros(num_experts if has_bias else 0, width_out)
@@ -193,24 +210,89 @@ def _(
     grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias_shape = (weight_EFD.shape[0] if has_bias else 0, weight_EFD.shape[1])
-    return torch.empty_like(x_SD), torch.empty_like(weight_EFD), grad_SF.new_empty(bias_shape)
+    new_x_SD, new_weight_EFD = x_SD.new_empty(x_SD.shape), weight_EFD.new_empty(weight_EFD.shape)
+    return new_x_SD, new_weight_EFD, grad_SF.new_empty(bias_shape)
 
 
-def _save_operands(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_SD, weight_EFD, bias_EF, ends_E = inputs
-    ctx.save_for_backward(x_SD, weight_EFD, ends_E)
-    ctx.has_bias = bias_EF is not None
+class _GroupedLinear(torch.autograd.Function):
+    """The operator with its gradient, in the form that `torch.func` transforms ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
+        return torch.ops.ecomoe.grouped_linear(  # type: ignore[no-any-return]
+            x_SD, weight_EFD, bias_EF, ends_E
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x_SD, weight_EFD, bias_EF, ends_E = inputs
+        ctx.save_for_backward(x_SD, weight_EFD, ends_E)
+        ctx.has_bias = bias_EF is not None
+
+    @staticmethod
+    def backward(ctx, grad_SF: Tensor):  # type: ignore[no-untyped-def]
+        x_SD, weight_EFD, ends_E = ctx.saved_tensors
+        grad_x_SD, grad_weight_EFD, grad_bias_EF = _GroupedLinearGradient.apply(
+            grad_SF, x_SD, weight_EFD, ends_E, ctx.has_bias
+        )
+        return grad_x_SD, grad_weight_EFD, grad_bias_EF if ctx.has_bias else None, None
 
 
-def _backward(ctx, grad_SF: Tensor):  # type: ignore[no-untyped-def]
-    x_SD, weight_EFD, ends_E = ctx.saved_tensors
-    grad_x_SD, grad_weight_EFD, grad_bias_EF = torch.ops.ecomoe.grouped_linear_backward(
-        grad_SF, x_SD, weight_EFD, ends_E, ctx.has_bias
-    )
-    return grad_x_SD, grad_weight_EFD, grad_bias_EF if ctx.has_bias else None, None
+class _GroupedLinearGradient(torch.autograd.Function):
+    """The gradient with its own gradient, which the same two operators give."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.ecomoe.grouped_linear_backward(  # type: ignore[no-any-return]
+            grad_SF, x_SD, weight_EFD, ends_E, has_bias
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        grad_SF, x_SD, weight_EFD, ends_E, ctx.has_bias = inputs
+        ctx.save_for_backward(grad_SF, x_SD, weight_EFD, ends_E)
+
+    @staticmethod
+    def backward(ctx, to_x_SD: Tensor, to_weight_EFD: Tensor, to_bias_EF: Tensor):  # type: ignore[no-untyped-def]
+        grad_SF, x_SD, weight_EFD, ends_E = ctx.saved_tensors
+        like_bias_EF = to_bias_EF if ctx.has_bias else None
+        to_grad_SF = grouped_linear(to_x_SD, weight_EFD, like_bias_EF, ends_E)
+        to_grad_SF = to_grad_SF + grouped_linear(x_SD, to_weight_EFD, None, ends_E)
+        through_x_SD, through_weight_EFD, _ = _GroupedLinearGradient.apply(
+            grad_SF, to_x_SD, to_weight_EFD, ends_E, False
+        )
+        return to_grad_SF, through_x_SD, through_weight_EFD, None, None
 
 
-_grouped_linear.register_autograd(_backward, setup_context=_save_operands)
+def _one_by_one(operator: Any) -> None:
+    """Let ``torch.vmap`` run the operator on each element of a batch in turn."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            operator(
+                *(
+                    arg if dim is None else arg.select(dim, index)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    operator.register_vmap(rule)
+
+
+_one_by_one(_grouped_linear)
+_one_by_one(_grouped_linear_backward)
 
 
 def _expert_of_slot(ends_E: Tensor, num_slots: int) -> Tensor:
