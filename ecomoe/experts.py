@@ -132,7 +132,7 @@ class Experts(nn.Module):
         slots_S = torch.arange(ids_S.shape[0], device=x_MD.device)
         plan = Plan(slots_S, slots_S, ids_S, ends_E.to(torch.int32))
         y_SF = self.forward(x_MD.repeat(self.num_experts, 1), plan)
-        return y_SF.view(self.num_experts, num_tokens, -1).transpose(0, 1)
+        return y_SF.view(self.num_experts, num_tokens, self.d_output).transpose(0, 1)
 
 
 class FFNExperts(Experts):
