@@ -31,6 +31,9 @@ from ecomoe.routing import Routing
 
 Teacher = Callable[[Tensor], Tensor]
 Oracle = Literal["competence", "dense", "prototype"] | Teacher
+# From the shares of a rank's tokens, and their number, to the shares of all ranks' tokens and the
+# factor on the rank's auxiliary losses; see `ecomoe.distributed.reduce_losses`.
+ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
 
 # A dense teacher runs every expert; on this many tokens of a batch it is cheap and its mean steady.
 MAX_DENSE_TEACHER_TOKENS = 256
@@ -156,6 +159,9 @@ class EcoMoE(nn.Module):
         for name, flag in (("gated", gated), ("bias", bias)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r} must be True or False; pass a bool")
+        for name, module in (("hidden_norm", hidden_norm), ("dense", dense)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise ValueError(f"{name}={module!r} must be a module; pass an nn.Module or None")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype} must be a floating dtype; pass e.g. torch.bfloat16")
         if d_hidden is None and (gated or activation != "gelu" or hidden_norm is not None):
@@ -230,6 +236,7 @@ class EcoMoE(nn.Module):
             del self.random_routing
             self.register_buffer("random_routing", torch.empty((), dtype=torch.bool, device=device))
         self.auxiliary = AuxiliarySlot()
+        self.reduce_shares: ShareReducer | None = None
         self._reset_own()
 
     def reset_parameters(self) -> None:
@@ -273,30 +280,50 @@ class EcoMoE(nn.Module):
         x_SD = scatter_to_experts(x_ND, plan, top_k=self.top_k)
         y_NKF = unsort_slots(self.experts(x_SD, plan), plan, top_k=self.top_k)
         weights_NK = routing.weights_NK
-        if self.training and torch.is_grad_enabled() and x_ND.shape[0] > 0:
-            terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets)
-            if terms:
-                self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
-                weights_NK = self.auxiliary.leave(
-                    weights_NK, self._weigh(terms), version=self._step_version()
-                )
+        if self.training and torch.is_grad_enabled():
+            weights_NK = self._leave_losses(x_ND, routing, y_NKF, targets)
         y_NF = combine(y_NKF, weights_NK).to(x.dtype)
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
 
-    def auxiliary_terms(
+    def _leave_losses(
         self, x_ND: Tensor, routing: Routing, y_NKF: Tensor, targets: Tensor | None
+    ) -> Tensor:
+        """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
+        shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
+        share_of_ranks: Tensor | float = 1.0
+        if self.reduce_shares is not None:
+            shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
+        # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
+        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares)
+        if not terms:
+            return routing.weights_NK
+        loss = self._weigh(terms) * share_of_ranks
+        if x_ND.shape[0] > 0:
+            self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
+        else:
+            loss = loss.nan_to_num() * 0.0
+        return self.auxiliary.leave(routing.weights_NK, loss, version=self._step_version())
+
+    def auxiliary_terms(
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        y_NKF: Tensor,
+        targets: Tensor | None,
+        shares: losses.Shares,
     ) -> dict[str, Tensor]:
         """Return the auxiliary losses of a call by name, scalars before their weights.
 
-        A loss whose weight is 0 is not computed.
+        A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
+        balances: of this call's tokens, or of all data-parallel ranks'.
         """
         logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
         control = self.control
         terms = {}
         if control.balance_weight > 0 and self.strength > 0:
-            terms["balance"] = losses.balance_loss(losses.routing_shares(logits_NE, expert_ids_NK))
+            terms["balance"] = losses.balance_loss(shares)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature)
         if control.oracle_weight > 0 and self.strength > 0:
@@ -337,7 +364,7 @@ class EcoMoE(nn.Module):
     def _oracle_loss(self, x_ND: Tensor, logits_NE: Tensor, targets: Tensor | None) -> Tensor:
         if self.oracle == "dense":
             # Evenly spaced tokens, not random ones: evaluation and resuming stay reproducible.
-            stride = -(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS)
+            stride = max(-(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS), 1)
             x_ND, logits_NE = x_ND[::stride], logits_NE[::stride]
         with torch.no_grad():
             teacher_NE = self._teacher(x_ND, targets, dtype=logits_NE.dtype)
@@ -421,7 +448,8 @@ class EcoMoE(nn.Module):
                 "move the channels last"
             )
         weight = next(self.experts.parameters())
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        castable = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not castable:
             raise ValueError(
                 f"x has dtype {x.dtype}, the experts have {weight.dtype}; cast one of them, or run "
                 "under torch.autocast"
