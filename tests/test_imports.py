@@ -28,8 +28,9 @@ LAYERS = [
     {"ecology.statistics"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
-    {"ecology.report", "ecology.sinks"},
-    {"ecology.console", "ecology.recorder", "ecology.watch"},
+    {"ecology.report", "ecology.sinks", "ecology.decode"},
+    {"ecology.console", "ecology.recorder", "ecology.readers"},
+    {"ecology.watch"},
     {"ecology.monitor"},
     {"ecomoe"},
     {
@@ -40,6 +41,7 @@ LAYERS = [
     {
         "integrations.huggingface",
         "integrations.timm",
+        "integrations.timm_training",
         "integrations.trainer",
     },
     {"integrations.census"},

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology.events import Event
+from ecomoe.ecology.readers import Reader
 from ecomoe.ecology.recorder import Recorder
 from ecomoe.ecology.report import Report, build_record
 from ecomoe.ecology.sinks import JsonlSink
@@ -97,6 +98,7 @@ class Monitor:
         self.log = log
         self.step_count = 0
         self._recorder = Recorder(thresholds=self.thresholds, lines=view == "lines")
+        self._readers: dict[type[nn.Module], Reader] = {}
         self._watch: Watch | None = None
         self._step_hook: RemovableHandle | None = None
         self._schedule: Schedule | None = None
@@ -128,7 +130,7 @@ class Monitor:
         """
         if self._watch is not None:
             raise ValueError("the monitor already watches a model; call close() first")
-        self._watch = Watch(model, thresholds=self.thresholds)
+        self._watch = Watch(model, thresholds=self.thresholds, readers=self._readers)
         try:
             if total_steps is not None and has_eco_layers(model):
                 self._schedule = Schedule(model, total_steps=total_steps, optimizer=optimizer)
@@ -140,6 +142,47 @@ class Monitor:
         except BaseException:
             self.close()
             raise
+
+    def register_tap(self, module_class: type[nn.Module], read: Reader) -> None:
+        """Teach the monitor to read a layer of another package; call it before `attach`.
+
+        Args:
+            module_class: A class whose forward makes the routing known, such as a router.
+            read: From the module, its positional arguments and its output to a
+                `ecomoe.ecology.taps.Decision`, which needs ``expert_ids_NK``, best first, and
+                ``logits_NE``. Tensors only: it runs in every forward pass, compiled or not.
+
+        Raises:
+            ValueError: An argument breaks its rule, or a model is watched already.
+
+        Example:
+            >>> import torch
+            >>> from ecomoe.ecology.taps import Decision
+            >>> class Router(torch.nn.Linear):
+            ...     def forward(self, x):
+            ...         logits = super().forward(x)
+            ...         return logits.topk(2).indices, logits
+            >>> def read(module, args, output):
+            ...     ids, logits = output
+            ...     return Decision(ids, logits_NE=logits, probs_NE=logits.softmax(-1))
+            >>> monitor = Monitor(view="off")
+            >>> monitor.register_tap(Router, read)
+            >>> model = torch.nn.Sequential(Router(4, 3))
+            >>> monitor.attach(model)
+            >>> _ = model(torch.ones(5, 4))
+            >>> monitor.report().to_dict()["layers"][0]["num_tokens"]
+            5
+            >>> monitor.close()
+        """
+        if self._watch is not None:
+            raise ValueError("a model is watched already; call register_tap before attach")
+        if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
+            raise ValueError(
+                f"module_class={module_class!r} must be a class of nn.Module; pass the router's"
+            )
+        if not callable(read):
+            raise ValueError(f"read={read!r} must be callable; pass a function to a Decision")
+        self._readers[module_class] = read
 
     def close(self) -> None:
         """Report what was counted since the last report, and detach; nothing is left behind."""

@@ -136,6 +136,9 @@ def layer_record(
         "pairs": _top_pairs(sums["pairs"], sums["topk"]),
         "tier": _tier_record(sums, layer_tiers, category, thresholds),
         "lockdown": _lockdown_record(sums),
+        "dropped": int(sums["dropped"].item()),
+        # Whether the experts were seen to receive what the router decided; null: not looked at.
+        "verified": bool(sums["executed"].any()) or None,
         "control": None if control is None else control_record(control, extras["temperature"]),
         "auxiliary": {
             key.removeprefix("aux."): _round(value)

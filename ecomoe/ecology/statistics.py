@@ -44,20 +44,23 @@ class Layout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each sum by name, in the order of the vector.
 
-        ``num_tokens`` routed tokens; ``padding`` tokens left out; ``nonfinite`` tokens with a NaN
-        or infinite logit; ``entropy`` of the tokens' distributions, nats; ``probes`` tokens that
-        were probed for lockdown, of which ``flips`` changed their set, with their ``margin``.
-        By expert: ``top1`` first choices, ``topk`` slots, ``gate`` mass, ``judged`` first choices
-        with a known outcome, of which ``correct``, ``easy`` and ``hard``. By pairs of experts:
-        ``pairs``, tokens that chose both, the better-ranked one first. By tiers: ``flow`` from the
-        tier of the first to that of the second choice.
+        ``num_tokens`` routed tokens; ``padding`` tokens left out; ``dropped`` slots that their
+        expert had no capacity for; ``nonfinite`` tokens with a NaN or infinite logit; ``entropy``
+        of the tokens' distributions, nats; ``probes`` tokens that were probed for lockdown, of
+        which ``flips`` changed their set, with their ``margin``.
+        By expert: ``top1`` first choices, ``topk`` slots, ``executed`` slots as the experts
+        themselves received them, ``gate`` mass, ``judged`` first choices with a known outcome, of
+        which ``correct``, ``easy`` and ``hard``.
+        By pairs of experts: ``pairs``, tokens that chose both, the better-ranked one first. By
+        tiers: ``flow`` from the tier of the first to that of the second choice.
         """
         experts = self.num_experts
         paired = experts if experts <= MAX_PAIRED_EXPERTS else 0
-        scalars = ("num_tokens", "padding", "nonfinite", "entropy", "probes", "flips", "margin")
-        by_expert = ("top1", "topk", "gate", "judged", "correct", "easy", "hard")
+        tokens = ("num_tokens", "padding", "dropped", "nonfinite", "entropy")
+        probes = ("probes", "flips", "margin")
+        by_expert = ("top1", "topk", "executed", "gate", "judged", "correct", "easy", "hard")
         return {
-            **dict.fromkeys(scalars, ()),
+            **dict.fromkeys(tokens + probes, ()),
             **dict.fromkeys(by_expert, (experts,)),
             "pairs": (paired, paired),
             "flow": (self.num_tiers, self.num_tiers),
@@ -95,6 +98,7 @@ def routing_counts(
     weights_NK: Tensor | None = None,
     tier_of_E: Tensor | None = None,
     valid_N: Tensor | None = None,
+    kept_NK: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Count the decisions of N tokens, on their device.
 
@@ -104,6 +108,7 @@ def routing_counts(
         weights_NK: Gate weights of the chosen experts; without them there is no ``gate``.
         tier_of_E: The tier of each expert; without it there is no ``flow``.
         valid_N: False for the tokens to leave out (padding); ``None`` for none.
+        kept_NK: False for the slots that were dropped; they count as tokens, for no expert.
 
     Returns:
         Sums by name, fp64 (fp32 on devices without it), for `Layout.pack`.
@@ -114,10 +119,12 @@ def routing_counts(
     ones_N = expert_ids_NK.new_ones(num_tokens, dtype=wide)
     valid_N = ones_N if valid_N is None else valid_N.to(wide)
     slots_NK = valid_N[:, None].expand(-1, top_k)
-    parts = {
-        "num_tokens": valid_N.sum(),
-        "padding": (1 - valid_N).sum(),
-        "top1": sum_by(expert_ids_NK[:, 0], valid_N, size=experts),
+    parts = {"num_tokens": valid_N.sum(), "padding": (1 - valid_N).sum()}
+    if kept_NK is not None:
+        parts["dropped"] = (slots_NK * ~kept_NK).sum()
+        slots_NK = slots_NK * kept_NK
+    parts |= {
+        "top1": sum_by(expert_ids_NK[:, 0], slots_NK[:, 0], size=experts),
         "topk": sum_by(expert_ids_NK, slots_NK, size=experts),
     }
     if weights_NK is not None:
@@ -128,12 +135,12 @@ def routing_counts(
         ranks = [(i, j) for i in range(top_k) for j in range(i + 1, top_k)]
         better_NP = torch.stack([expert_ids_NK[:, i] for i, _ in ranks], dim=1)
         worse_NP = torch.stack([expert_ids_NK[:, j] for _, j in ranks], dim=1)
-        tokens_NP = valid_N[:, None].expand(-1, len(ranks))
+        tokens_NP = torch.stack([slots_NK[:, j] for _, j in ranks], dim=1)
         parts["pairs"] = sum_by(better_NP * experts + worse_NP, tokens_NP, size=experts**2)
     if top_k > 1 and tier_of_E is not None:
         tiers_N2 = tier_of_E[expert_ids_NK[:, :2]]
         steps_N = tiers_N2[:, 0] * layout.num_tiers + tiers_N2[:, 1]
-        parts["flow"] = sum_by(steps_N, valid_N, size=layout.num_tiers**2)
+        parts["flow"] = sum_by(steps_N, slots_NK[:, 1], size=layout.num_tiers**2)
     return parts
 
 

@@ -5,25 +5,22 @@ device, nothing is returned, no random number is drawn, and no per-token tensor 
 pass, with one exception: in evaluation the first choices of the last pass stay until its labels
 are known.
 
-Axes: N tokens, D features, E experts, K experts chosen for a token, S = N * K slots sorted by
-expert, F output features, V sums of a layer, M predictions or probes.
+Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M predictions or probes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ecomoe.dispatch import Plan
+from ecomoe.control import Control
 from ecomoe.ecology import lockdown, statistics
 from ecomoe.ecology.statistics import Layout, Outcomes
-from ecomoe.moe import EcoMoE
-from ecomoe.routing import Routing
 
 Phase: TypeAlias = Literal["train", "eval", "generate"]
 PHASES: tuple[Phase, Phase, Phase] = ("train", "eval", "generate")
@@ -38,6 +35,7 @@ class Decision(NamedTuple):
         logits_NE: Scores that the choice was made by, or ``None``.
         probs_NE: Distribution over experts, or ``None``.
         temperature: T of the scores.
+        kept_NK: False for the choices that were dropped for lack of capacity, or ``None``.
     """
 
     expert_ids_NK: Tensor
@@ -45,6 +43,7 @@ class Decision(NamedTuple):
     logits_NE: Tensor | None = None
     probs_NE: Tensor | None = None
     temperature: Tensor | float = 1.0
+    kept_NK: Tensor | None = None
 
 
 class Hook:
@@ -133,53 +132,86 @@ class LayerTap:
 
     Args:
         name: The layer's name in the model.
-        num_experts: E.
-        top_k: K; experts per token.
-        tiers: Experts of each tier.
-        device: Where the layer computes.
         traffic: Shared by all taps of a model.
+        tiers: Experts of each tier, where known before the first call; else one tier.
+        device: Where the layer computes, where known before the first call.
         side: ``"decoder_"`` where an encoder-decoder model has masks of its own for the layer.
+
+    Attributes:
+        top_k: Experts per token, as last seen.
+        refused: Why the layer cannot be read, if so; it is then left out of reports.
+        control: The layer's control settings, if it has any.
     """
+
+    control: Control | None = None
 
     def __init__(
         self,
         name: str,
         *,
-        num_experts: int,
-        top_k: int,
-        tiers: tuple[int, ...] = (),
-        device: torch.device,
         traffic: Traffic,
+        tiers: tuple[int, ...] = (),
+        device: torch.device | None = None,
         side: str = "",
     ) -> None:
         self.name = name
-        self.tiers = tiers or (num_experts,)
-        self.top_k = top_k
-        self.layout = Layout(num_experts, len(self.tiers))
         self.traffic = traffic
         self.side = side
+        self.tiers = tiers
+        self.top_k = 0
+        self.refused: str | None = None
         self.seen: list[Seen] = []
-        self.own_predictions = False
-        self._allocate(device)
+        self.sums: dict[Phase, Tensor] = {}
+        if tiers and device is not None:
+            self._allocate(device)
+
+    def hooks(self) -> Iterator[tuple[nn.Module, str, Callable[..., None]]]:
+        """Yield the modules to hook, ``"before"`` or ``"after"``, and the calls that read them."""
+        raise NotImplementedError
 
     def _allocate(self, device: torch.device) -> None:
+        self.layout = Layout(sum(self.tiers), len(self.tiers))
         # An inference tensor could not be added to outside inference mode.
         with torch.inference_mode(False):
             wide = statistics.wide_dtype(device)
-            self.sums: dict[Phase, Tensor] = {
-                phase: torch.zeros(self.layout.size, dtype=wide, device=device) for phase in PHASES
+            zeros_V = torch.zeros(self.layout.size, dtype=wide, device=device)
+            self.sums = {
+                phase: self.sums[phase].to(zeros_V) if phase in self.sums else zeros_V.clone()
+                for phase in PHASES
             }
             tier_of = [tier for tier, size in enumerate(self.tiers) for _ in range(size)]
             self.tier_of_E = torch.tensor(tier_of, device=device)
             self.gumbel_ME = lockdown.gumbel_noise(self.layout.num_experts).to(device)
+
+    def load(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
+        """Set the sums to saved ones.
+
+        Raises:
+            ValueError: They belong to a layer of other tiers.
+        """
+        if not self.sums:
+            self.tiers = tiers
+            self._allocate(torch.device("cpu"))  # moves with the first call
+        if tiers != self.tiers:
+            raise ValueError(
+                f"the state has tiers {tiers} for layer {self.name!r} of tiers {self.tiers}; load "
+                "it into a monitor of the same model"
+            )
+        for phase, sums_V in self.sums.items():
+            sums_V.copy_(torch.tensor(sums[phase], dtype=sums_V.dtype))
 
     def observe(self, decision: Decision, *, module: nn.Module) -> None:
         """Add one call's decisions to the sums, unless a backward pass is recomputing it."""
         ids_NK = decision.expert_ids_NK.detach()
         if recomputing() or ids_NK.shape[0] == 0:
             return
-        if ids_NK.device != self.tier_of_E.device:
+        if not self.sums:
+            assert decision.logits_NE is not None
+            self.tiers = (decision.logits_NE.shape[-1],)
             self._allocate(ids_NK.device)
+        elif ids_NK.device != self.tier_of_E.device:
+            self._allocate(ids_NK.device)
+        self.top_k = ids_NK.shape[1]
         phase = self.traffic.phase_of(module)
         valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
         with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
@@ -189,6 +221,7 @@ class LayerTap:
                 weights_NK=decision.weights_NK,
                 tier_of_E=self.tier_of_E,
                 valid_N=valid_N,
+                kept_NK=decision.kept_NK,
             )
             if decision.probs_NE is not None:
                 parts |= statistics.distribution_counts(decision.probs_NE, valid_N=valid_N)
@@ -207,7 +240,28 @@ class LayerTap:
                 self.traffic.evaluated = True
                 if not self.traffic.inside:
                     self.seen.clear()
-                self.seen.append(Seen(ids_NK[:, 0].clone(), None, valid_N))
+                judged_N = valid_N
+                if decision.kept_NK is not None:
+                    kept_N = decision.kept_NK[:, 0]
+                    judged_N = kept_N if valid_N is None else kept_N & valid_N
+                self.seen.append(Seen(ids_NK[:, 0].clone(), None, judged_N))
+
+    def observe_executed(self, ids_NK: Tensor, *, module: nn.Module) -> None:
+        """Add the slots as the experts received them, to compare with the router's decisions."""
+        if recomputing() or ids_NK.shape[0] == 0 or not self.sums:
+            return
+        valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
+        sums_V = self.sums[self.traffic.phase_of(module)]
+        with torch.no_grad():
+            ones_NK = torch.ones_like(ids_NK, dtype=sums_V.dtype)
+            slots_NK = ones_NK if valid_N is None else ones_NK * valid_N[:, None]
+            inside_NK = (ids_NK >= 0) & (ids_NK < self.layout.num_experts)
+            executed_E = statistics.sum_by(
+                torch.where(inside_NK, ids_NK, 0),
+                slots_NK * inside_NK,
+                size=self.layout.num_experts,
+            )
+            sums_V.add_(self.layout.pack({"executed": executed_E}, like=sums_V))
 
     def extras(self) -> dict[str, Tensor]:
         """Return scalars of the layer's last call to report beside the sums."""
@@ -247,50 +301,6 @@ class LayerTap:
             sums_V = self.sums["eval"]
             sums_V.add_(self.layout.pack(parts, like=sums_V))
         return len(fits) == len(seen)
-
-
-class EcoTap(LayerTap):
-    """Reads an `EcoMoE` layer."""
-
-    def __init__(self, name: str, layer: EcoMoE, *, traffic: Traffic) -> None:
-        super().__init__(
-            name,
-            num_experts=layer.num_experts,
-            top_k=layer.top_k,
-            tiers=layer.tiers,
-            device=layer.temperature.device,
-            traffic=traffic,
-        )
-        self.layer = layer
-        self.own_predictions = layer.num_classes is not None
-
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """Yield the modules to hook and the calls that read them."""
-        yield self.layer.router, self._read_router
-        if self.own_predictions:
-            yield self.layer.experts, self._read_experts
-
-    def extras(self) -> dict[str, Tensor]:
-        """Return the current temperature and the last call's auxiliary losses."""
-        terms = self.layer.auxiliary.terms
-        return {"temperature": self.layer.temperature} | {f"aux.{n}": t for n, t in terms.items()}
-
-    def _read_router(self, module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        decision = Decision(
-            routing.expert_ids_NK,
-            routing.weights_NK.detach(),
-            routing.logits_NE.detach(),
-            routing.probs_NE.detach(),
-            args[1],
-        )
-        self.observe(decision, module=module)
-
-    def _read_experts(
-        self, module: nn.Module, args: tuple[Tensor, Plan], outputs_SF: Tensor
-    ) -> None:
-        if self.traffic.phase_of(module) == "eval":
-            first_N = args[1].inverse_S[:: self.top_k]
-            self.observe_predictions(outputs_SF.detach()[first_N].argmax(-1))
 
 
 class RootTap:
@@ -349,32 +359,22 @@ def recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def find_taps(model: nn.Module, *, traffic: Traffic) -> list[EcoTap]:
-    """Return a tap for each layer of the model that can be read."""
-    return [
-        EcoTap(name, module, traffic=traffic)
-        for name, module in model.named_modules()
-        if isinstance(module, EcoMoE)
-    ]
-
-
 def attach_taps(
-    taps: list[EcoTap], root: RootTap, model: nn.Module, guard: Callable[..., Callable[..., None]]
+    taps: Sequence[LayerTap], root: RootTap, model: nn.Module, guard: Callable[..., Any]
 ) -> list[RemovableHandle]:
     """Register all hooks, each wrapped by ``guard``; on a failure none is left."""
     handles: list[RemovableHandle] = []
     try:
-        handles.append(
-            model.register_forward_pre_hook(
-                Hook(guard(root.before)), with_kwargs=True, prepend=True
-            )
-        )
-        handles.append(
-            model.register_forward_hook(Hook(guard(root.after)), with_kwargs=True, always_call=True)
-        )
+        before, after = Hook(guard(root.before)), Hook(guard(root.after))
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(model.register_forward_hook(after, with_kwargs=True, always_call=True))
         for tap in taps:
-            for module, call in tap.hooks():
-                handles.append(module.register_forward_hook(Hook(guard(call))))
+            for module, when, call in tap.hooks():
+                hook = Hook(guard(call))
+                if when == "before":
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook))
     except BaseException:
         remove(handles)
         raise
@@ -401,9 +401,10 @@ class Taken(NamedTuple):
 
 
 def take_sums(
-    taps: list[EcoTap], phases: tuple[Phase, ...], *, restart: bool = True
+    taps: Sequence[LayerTap], phases: tuple[Phase, ...], *, restart: bool = True
 ) -> dict[str, Taken]:
     """Move the sums to the host, one transfer a device, and start them anew at zero."""
+    taps = [tap for tap in taps if tap.sums]
     by_device: dict[torch.device, list[Tensor]] = {}
     extras = {tap.name: tap.extras() for tap in taps}
     for tap in taps:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology import statistics, taps
+from ecomoe.ecology.readers import Reader, find_taps
 from ecomoe.ecology.report import layer_record
 from ecomoe.ecology.statistics import Outcomes
 from ecomoe.ecology.taps import Phase, RootTap, Traffic
@@ -29,6 +30,7 @@ class Watch:
     Args:
         model: What to watch.
         thresholds: Unscaled.
+        readers: How to read modules of other packages, by their class.
 
     Attributes:
         handles: Of all hooks; whoever adds one has it removed with the others.
@@ -38,7 +40,13 @@ class Watch:
         ValueError: The model has no layer to watch.
     """
 
-    def __init__(self, model: nn.Module, *, thresholds: Thresholds) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        thresholds: Thresholds,
+        readers: Mapping[type[nn.Module], Reader] | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} must be an nn.Module; pass the model")
         self.thresholds = thresholds
@@ -48,11 +56,11 @@ class Watch:
         self._judged = False
         self._shift = predicts_next_token(model)
         self._warned: set[str] = set()
-        self.taps = taps.find_taps(model, traffic=self._traffic)
+        self.taps = find_taps(model, traffic=self._traffic, readers=readers or {})
         if not self.taps:
             raise ValueError(
                 f"model={type(model).__name__} has no mixture-of-experts layer to watch; convert "
-                "it first with ecomoe.convert(model, ...)"
+                "it first with ecomoe.convert(model, ...), or name its class to register_tap"
             )
         root = RootTap(
             model,
@@ -80,6 +88,9 @@ class Watch:
             predictions.
         """
         taken = taps.take_sums(self.taps, tuple(phases))
+        for tap in self.taps:
+            if tap.refused is not None:
+                self._tell_refusal(tap)
         found: dict[Phase, tuple[list[Record], Record]] = {}
         for phase in phases:
             layers = [
@@ -90,17 +101,34 @@ class Watch:
                     layer_tiers=tap.tiers,
                     top_k=tap.top_k,
                     thresholds=self.thresholds,
-                    control=tap.layer.control,
+                    control=tap.control,
                     extras=taken[tap.name].extras,
                 )
                 for tap in self.taps
-                if tap.layout.unpack(taken[tap.name].sums[phase])["num_tokens"] > 0
+                if tap.name in taken and self._readable(tap, taken[tap.name].sums[phase])
             ]
             if layers:
                 found[phase] = layers, self._metrics() if phase == "eval" else {}
             if phase == "eval":
                 self._traffic.evaluated = False
         return found
+
+    def _readable(self, tap: taps.LayerTap, sums_V: Tensor) -> bool:
+        """Whether a layer saw tokens, and its experts received what its router decided."""
+        sums = tap.layout.unpack(sums_V)
+        executed_E = sums["executed"]
+        if tap.refused is None and executed_E.any() and not executed_E.equal(sums["topk"]):
+            tap.refused = (
+                f"its router decided {sums['topk'].tolist()} slots by expert, but its experts "
+                f"received {executed_E.tolist()}"
+            )
+            self._tell_refusal(tap)
+        if tap.refused is not None:
+            return False
+        return bool(sums["num_tokens"] > 0)
+
+    def _tell_refusal(self, tap: taps.LayerTap) -> None:
+        self._warn(tap.name, f"layer {tap.name!r} is left out of the report: {tap.refused}")
 
     def _metrics(self) -> Record:
         if not self._outcomes:
@@ -144,30 +172,32 @@ class Watch:
             return  # a regression, or a task whose accuracy is not one class per position
         self.evaluate(statistics.outcomes_of(logits, labels, shift=self._shift))
 
-    def sums(self) -> dict[str, dict[str, list[float]]]:
-        """Return the counts that were not taken yet, by layer and phase, as plain data."""
+    def sums(self) -> dict[str, Record]:
+        """Return the counts that were not taken yet, by layer, as plain data."""
         taken = taps.take_sums(self.taps, taps.PHASES, restart=False)
         return {
-            name: {phase: sums_V.tolist() for phase, sums_V in of_layer.sums.items()}
-            for name, of_layer in taken.items()
+            tap.name: {
+                "tiers": list(tap.tiers),
+                "sums": {phase: v.tolist() for phase, v in taken[tap.name].sums.items()},
+            }
+            for tap in self.taps
+            if tap.name in taken
         }
 
-    def load_sums(self, sums: Mapping[str, Mapping[str, list[float]]]) -> None:
+    def load_sums(self, state: Mapping[str, Record]) -> None:
         """Go on from counts that `sums` gave.
 
         Raises:
             ValueError: They belong to a model with other layers.
         """
         by_name = {tap.name: tap for tap in self.taps}
-        if set(sums) != set(by_name):
+        if not set(state) <= set(by_name):
             raise ValueError(
-                f"the state has layers {sorted(sums)}, the model {sorted(by_name)}; load it into "
+                f"the state has layers {sorted(state)}, the model {sorted(by_name)}; load it into "
                 "a monitor of the same model"
             )
-        for name, of_layer in sums.items():
-            for phase in taps.PHASES:
-                sums_V = by_name[name].sums[phase]
-                sums_V.copy_(torch.tensor(of_layer[phase], dtype=sums_V.dtype))
+        for name, of_layer in state.items():
+            by_name[name].load(tuple(of_layer["tiers"]), of_layer["sums"])
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
