@@ -92,10 +92,13 @@ class ExpertLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of the experts that are computed here."""
+        return self.weight, self.bias
+
     def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
-        weight_EFD: Tensor = self.weight
-        bias_EF: Tensor | None = self.bias
+        weight_EFD, bias_EF = self.operands()
         if torch.is_autocast_enabled(x_SD.device.type):
             # Operators of our own are not on autocast's list: cast as it does for F.linear.
             dtype = torch.get_autocast_dtype(x_SD.device.type)
