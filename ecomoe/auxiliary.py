@@ -18,6 +18,7 @@ Axes: N tokens, K experts chosen for a token.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -108,12 +109,18 @@ class AuxiliarySlot:
         self._version = version
         return weights_NK
 
-    def read(self) -> Tensor | None:
-        """Return the token-weighted mean over the calls since the last step, or ``None``."""
+    def read(self, on_gradient: Callable[[Tensor], None] | None = None) -> Tensor | None:
+        """Return the token-weighted mean over the calls since the last step, or ``None``.
+
+        Args:
+            on_gradient: Called in the backward pass, just before it enters the layer.
+        """
         if self._pending is None:
             return None
         self._read = True
-        return self._pending / self._num_tokens
+        if on_gradient is not None and self._pending.requires_grad:
+            self._pending.register_hook(on_gradient)
+        return self._pending / max(self._num_tokens, 1)
 
 
 class _Carry(torch.autograd.Function):
@@ -376,7 +383,8 @@ def aux_loss(model: nn.Module) -> Tensor:
         A scalar, fp32 or wider, on the first layer's device.
 
     Raises:
-        ValueError: The model has no EcoMoE layer.
+        ValueError: The model has no EcoMoE layer. Also in ``backward()`` of a model under FSDP2, if
+            it starts from this loss alone.
     """
     layers = list(auxiliary_layers(model))
     if not layers:
@@ -389,11 +397,20 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not torch.compiler.is_compiling() and any(slot.relay for _, _, slot in layers):
         warnings.warn(_TWICE, stacklevel=2)
         return total
-    for _, layer, slot in layers:
-        pending = slot.read() if layer.training else None
+    for name, layer, slot in layers:
+        pending = slot.read(_gathered_check(model, name)) if layer.training else None
         if pending is not None:
             total = total + pending.to(device)
     return total
+
+
+def _gathered_check(model: nn.Module, name: str) -> Callable[[Tensor], None] | None:
+    """Return what must hold when the gradient reaches a layer, if the model may be under FSDP."""
+    if torch.compiler.is_compiling() or "torch.distributed.fsdp" not in sys.modules:
+        return None
+    from ecomoe.distributed import check_gathered
+
+    return check_gathered(model, name)
 
 
 def _inside_backward() -> bool:

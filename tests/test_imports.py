@@ -18,9 +18,10 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 LAYERS = [
     {"control", "routing"},
     {"losses", "dispatch"},
-    {"routers", "experts", "distributed"},
+    {"routers", "experts"},
     {"auxiliary"},
     {"moe"},
+    {"distributed"},
     {"upcycle"},
     {"sites"},
     {"convert", "schedule"},
