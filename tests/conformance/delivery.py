@@ -3,6 +3,7 @@
 Run as a program, it is one rank of a data-parallel run: `torchrun delivery.py FOLDER`.
 """
 
+import contextlib
 import sys
 import tempfile
 import warnings
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import ecomoe
+from ecomoe.integrations.timm_training import TaskSession
 from ecomoe.integrations.trainer import TrainerSession
 
 LENGTH = 16
@@ -166,12 +169,56 @@ def relative_error(gradient, reference) -> float:
 CASES = {"linear": LINEAR, "balance": BALANCE}
 
 
+DDP_MODES = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+}
+
+
+class LossTask(nn.Module):
+    """A module whose forward returns the final loss, around a model that may be distributed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return {"loss": language_loss(self.model, batch)}
+
+
+def train_under_ddp(mode, batches, *, explicit=False) -> list[Window]:
+    """One optimizer step over the batches, in a loop of one's own."""
+    model = tiny_gpt2().train()
+    ddp = nn.parallel.DistributedDataParallel(model, **DDP_MODES[mode])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    task = LossTask(ddp)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        # A static graph is one for all iterations, so that there every micro-batch synchronises.
+        with contextlib.nullcontext() if last or mode == "static" else ddp.no_sync():
+            if explicit:
+                ((task(batch)["loss"] + ecomoe.aux_loss(model)) / len(batches)).backward()
+            else:
+                with TaskSession(task, model=ddp, optimizer=optimizer, total_steps=10):
+                    (task(batch)["loss"] / len(batches)).backward()
+    return [Window(0.0, batches, router_gradient(model))]
+
+
 def main(out):
     warnings.simplefilter("error")
-    for case, layer_arguments in CASES.items():
-        windows = train(tiny_gpt2(layer_arguments), texts(16), gradient_accumulation_steps=2)
-        rank = torch.distributed.get_rank()
-        torch.save([tuple(window) for window in windows], Path(out) / f"{case} {rank}.pt")
+    runs = {
+        case: train(tiny_gpt2(layer_arguments), texts(16), gradient_accumulation_steps=2)
+        for case, layer_arguments in CASES.items()
+    }
+    rank = torch.distributed.get_rank()
+    ids = torch.stack([text["input_ids"] for text in texts(8)])
+    batches = list(ids[rank::2].split(BATCH))
+    for mode in DDP_MODES:
+        runs[f"task, {mode}"] = train_under_ddp(mode, batches)
+    runs["explicit"] = train_under_ddp("plain", batches, explicit=True)
+    for name, windows in runs.items():
+        torch.save([tuple(window) for window in windows], Path(out) / f"{name} {rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from delivery import CASES, Window, ratio, reference_gradient, relative_error, tiny_gpt2
+from delivery import (
+    CASES,
+    DDP_MODES,
+    LINEAR,
+    Window,
+    ratio,
+    reference_gradient,
+    relative_error,
+    tiny_gpt2,
+)
 
 RANKS = 2
 
@@ -51,18 +60,18 @@ def free_port() -> int:
     return store.port
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(f"task, {mode}" for mode in DDP_MODES), "explicit"])
 def test_router_gradient_over_two_ranks(case, runs):
     first, second = (
         [Window(*window) for window in torch.load(runs / f"{case} {rank}.pt")] for rank in (0, 1)
     )
-    assert [len(window.batches) for window in first] == [2, 2]
+    assert [len(window.batches) for window in first] == [2] * (2 if case in CASES else 1)
+    layer_arguments = CASES.get(case, LINEAR)
     num_experts = tiny_gpt2().transformer.h[0].mlp.num_experts
     for ours, theirs in zip(first, second, strict=True):
         assert torch.equal(ours.gradient, theirs.gradient)
         both = Window(ours.progress, ours.batches + theirs.batches, ours.gradient)
-        tokens = ours.batches[0].numel()
-        bound = 1e-5 if case == "linear" else num_experts / tokens
-        reference = reference_gradient(both, CASES[case])
+        bound = num_experts / ours.batches[0].numel() if case == "balance" else 1e-5
+        reference = reference_gradient(both, layer_arguments)
         assert ratio(ours.gradient, reference) == pytest.approx(1.0, abs=bound)
         assert relative_error(ours.gradient, reference) < bound
