@@ -47,7 +47,7 @@ def tiny_gpt2(layer_arguments=LINEAR, **config) -> GPT2LMHeadModel:
     sizes = {"vocab_size": 64, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens, **config))
+    model = GPT2LMHeadModel(GPT2Config(**(sizes | no_dropout | tokens | config)))
     for block in model.transformer.h:
         block.mlp = ecomoe.EcoMoE(32, 64, tiers=(2, 2, 2), temperature=2.0, **layer_arguments)
     return model

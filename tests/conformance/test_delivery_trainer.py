@@ -156,14 +156,14 @@ def test_compiled(monkeypatch):
         monkeypatch.setenv(name, "")  # TrainingArguments sets them for the whole process
         monkeypatch.delenv(name)
     windows = train(
-        tiny_gpt2(),
+        tiny_gpt2(n_layer=1),
         texts(8),
         gradient_accumulation_steps=2,
         torch_compile=True,
         torch_compile_backend="aot_eager",
     )
     for window in windows:
-        assert relative_error(window.gradient, reference_gradient(window)) < 1e-5
+        assert relative_error(window.gradient, reference_gradient(window, n_layer=1)) < 1e-5
 
 
 def test_logged_loss_stays_the_task_loss():
