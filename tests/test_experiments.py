@@ -9,7 +9,9 @@ import torch
 
 from ecomoe import EcoMoE
 from examples.data import Images
+from examples.experiments.__main__ import main
 from examples.experiments.analysis import auc, bootstrap_auc, equivalence, spread
+from examples.experiments.claims import CLAIMS
 from examples.experiments.data import Library, blocks, relabel
 from examples.experiments.measure import evaluate, mutual_information
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn, rotate
@@ -275,3 +277,42 @@ def test_spread_and_equivalence():
     assert equivalence([1.0], other, margin=0.1) is None
     # Far better is not equivalent, but it is not worse either.
     assert equivalence(one, [2.0, 2.1, 2.2], margin=0.1, one_sided=True) < 0.01
+
+
+def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monkeypatch):
+    for name in EXPERIMENTS:
+        run_experiment(EXPERIMENTS[name], SMOKE, library, seeds=1, out=out, results=out / "results")
+    monkeypatch.setenv("COLUMNS", "200")
+    page, plots = tmp_path / "evidence.md", tmp_path / "report.html"
+    main(["evidence", "--results", str(out / "results"), "--to", str(page)])
+    text = page.read_text()
+    assert "Not yet run" not in text
+    assert text.count("\n| ") > len(CLAIMS)
+    for claim in CLAIMS:
+        assert f"| {claim.label} | {claim.text} | **" in text
+    main(["report", "--results", str(out / "results"), "--html", str(plots)])
+    assert plots.read_text().count("<h2>") > len(EXPERIMENTS)
+
+
+def test_evidence_without_results_names_every_command(tmp_path):
+    page = tmp_path / "evidence.md"
+    main(["evidence", "--results", str(tmp_path), "--to", str(page)])
+    text = page.read_text()
+    assert text.count("**not yet run**") == len(CLAIMS)
+    for name in EXPERIMENTS:
+        assert f"run {name} --scale small" in text
+
+
+def test_command_line_lists_and_refuses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in EXPERIMENTS)
+    for arguments, message in (
+        (["run", "low-e", "--seeds", "0"], "must be at least 1"),
+        (["run", "low-e", "--data", str(tmp_path)], "without parquet files"),
+        (["report", "--results", str(tmp_path)], "holds no results"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err

@@ -139,7 +139,7 @@ def revival(run: Record) -> dict[str, float]:
     after = [(p, usage) for p, usage in usages if p > 100 * release + 1e-6]
     alive = next((percent for percent, usage in after if usage >= 0.01), float("inf"))
     return {
-        "usage when released %": 100 * held[-1] if held else float("nan"),
+        "usage when released %": 100 * held[-1],
         "revived after, % of training": alive - 100 * release,
         "its usage at the end %": 100 * usages[-1][1],
     }

@@ -53,6 +53,7 @@ QUESTIONS = (
         claim="E ranks outcomes better than each of T, H, O, B, T*H and O+B alone",
         settings=_random_settings(60),
         paper=False,
+        note="Drawn log-uniformly: T from 0.5 to 6, H from 0.005 to 0.5, O and B from 0.01 to 1.",
     ),
     Experiment(
         name="revival",

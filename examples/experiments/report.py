@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ def read_results(folder: Path) -> list[Record]:
 
 
 def plus_minus(values: list[float]) -> str:
-    """Return mean and sample standard deviation in a few digits."""
+    """Return mean and sample standard deviation in a few digits; infinite values are counted."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
+        never = f"never in {len(values) - len(finite)}"
+        return f"{plus_minus(finite)}, {never}" if finite else never
+    if not values:
+        return ""
     found = spread(values)
     return f"{found.mean:.4g}" + (f" ± {found.sd:.2g}" if found.count > 1 else "")
 
@@ -50,12 +57,7 @@ def report_tables(results: list[Record]) -> Iterator[Table]:
         for heading in ("condition", "seeds", *columns):
             table.add_column(heading)
         for name, group in rows.items():
-            cells = [
-                plus_minus([f[key] for f in group if key in f])
-                if any(key in f for f in group)
-                else ""
-                for key in columns
-            ]
+            cells = [plus_minus([f[key] for f in group if key in f]) for key in columns]
             table.add_row(name, str(len(group)), *cells)
         yield table
 

@@ -1,0 +1,154 @@
+"""Write docs/evidence.md from the JSON results: each claim, what was run, and what it came to.
+
+A verdict follows from the numbers by the rules below. A claim whose experiments have no results is
+listed as not yet run, with the command that runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from examples.experiments.claims import CLAIMS, Results, Verdict, missing
+from examples.experiments.figures import SPECIAL, by_condition, general, predictions
+from examples.experiments.measure import Record
+from examples.experiments.records import SCALES
+from examples.experiments.registry import EXPERIMENTS
+from examples.experiments.report import plus_minus, read_results
+
+HEAD = """# Evidence
+
+What this package's runs say about the claims of the E paper (arXiv:2605.06415). This page is
+written by `python -m examples.experiments evidence` from the JSON files in
+`examples/experiments/results`; nothing in it is written by hand.
+
+DEAD is counted on both bases, `top1` (share of first choices) and `topk` (share of all slots),
+under the paper's absolute threshold of 1 %, summed over layers. Figures are means over seeds ±
+sample standard deviation; intervals in brackets are 95 %, by bootstrap for AUCs and by Student's t
+for means. H, O and B are taken as the paper prints them (`strength=1`), not at the package's
+default strength, and the balance loss is the package's (`docs/architecture.md`), since the paper
+does not give its own exactly.
+
+A verdict is *reproduced*, *qualified* (true with a condition that matters), *refuted*, *out of
+reach* at this scale, or *not yet run*. At the scale of these runs the networks, the training and
+the data are far smaller than the paper's; a verdict speaks of the mechanism, not of its numbers.
+"""
+
+
+def write_evidence(results: Path, to: Path) -> Path:
+    """Write the page from the results of a folder."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(evidence(read_results(results)))
+    return to
+
+
+def evidence(contents: list[Record]) -> str:
+    """Return the page."""
+    # Of one experiment at several scales, the largest counts.
+    ranks = list(reversed(SCALES))
+    contents = sorted(contents, key=lambda content: ranks.index(content["scale"]))
+    found: Results = {content["experiment"]: content for content in contents}
+    found = {name: found[name] for name in EXPERIMENTS if name in found}
+    parts = [
+        HEAD,
+        _scales(list(found.values())),
+        "## Verdicts\n",
+        _verdicts(found),
+        "## What was run\n",
+    ]
+    parts += [_section(content) for content in found.values()]
+    parts.append(_not_run(found))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _scales(contents: list[Record]) -> str:
+    lines = []
+    for name in dict.fromkeys(content["scale"] for content in contents):
+        scale = SCALES[name]
+        lines.append(
+            f"`{name}`: WideResNet-{scale.depth}-{scale.widen} with {scale.features} features on "
+            f"images of at most {scale.image_pixels} pixels a side, {scale.epochs['vision']} "
+            f"epochs in batches of {scale.batch['vision']}; transformer of {scale.layers} layers, "
+            f"width {scale.width}, {scale.epochs['language']} epochs in batches of "
+            f"{scale.batch['language']} x {scale.context} tokens; learning rates "
+            f"{scale.encoder_lr:g} (encoder; the paper's is 1e-4) and {scale.expert_lr:g} "
+            "(experts, router). Sets with more classes than the images have are the same images, "
+            "each class split by k-means over coarse pixels.\n"
+        )
+    return "\n".join(lines)
+
+
+def _verdicts(found: Results) -> str:
+    lines = ["| | claim | verdict | what we measured |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        lacking = missing(claim, found)
+        if len(lacking) == len(claim.needs):
+            verdict = Verdict("not yet run", ", ".join(f"`{name}`" for name in lacking))
+        else:
+            verdict = claim.judge(found)
+            if lacking:
+                others = ", ".join(f"`{name}`" for name in lacking)
+                verdict = Verdict(verdict.word, f"{verdict.why} Not yet run: {others}.")
+        lines.append(f"| {claim.label} | {claim.text} | **{verdict.word}** | {verdict.why} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(content: Record) -> str:
+    name = content["experiment"]
+    lines = [f"### {name}: {content['title']}\n"]
+    said = "The paper" if content["paper"] else "Asked"
+    lines.append(f"{said} (section {content['section']}): {content['claim']}.")
+    if content["note"]:
+        lines.append(content["note"])
+    groups = by_condition(content)
+    planned = len(EXPERIMENTS[name].settings)
+    done = "" if len(groups) >= planned else f" {len(groups)} of {planned} conditions are done."
+    first = content["runs"][0]
+    lines.append(
+        f"{len(content['runs'])} runs of {first['steps']} steps or as many as the set gives; "
+        f"data: {', '.join(dict.fromkeys(run['data']['name'] for run in content['runs']))}.{done}"
+    )
+    lines.append(f"\n    {content['command']}\n")
+    if name == "predicts-collapse":
+        lines.append(_predictions(content))
+        return "\n".join(lines)
+    special = SPECIAL.get(name, lambda run: {})
+    rows = {key: [general(run) | special(run) for run in runs] for key, runs in groups.items()}
+    columns = list(dict.fromkeys(key for row in rows.values() for f in row for key in f))
+    lines.append("| condition | seeds | " + " | ".join(columns) + " |")
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for key, figures in rows.items():
+        cells = [plus_minus([f[column] for f in figures if column in f]) for column in columns]
+        lines.append(f"| {key} | {len(figures)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _predictions(content: Record) -> str:
+    lines = []
+    for basis in ("top1", "topk"):
+        runs = content["runs"]
+        alive = sum(run["final"]["dead"][basis] == 0 for run in runs)
+        lines.append(f"DEAD {basis} = 0 at the end of {alive} of {len(runs)} runs.\n")
+        lines.append("| predictor | AUC | 95 % | E's AUC minus this one's, 95 % |")
+        lines.append("|---|---|---|---|")
+        for row in predictions(content, basis=basis):
+            if row["auc"] is None:
+                lines.append(f"| {row['name']} | one outcome only | | |")
+                continue
+            low, high = row["interval"]
+            behind = "" if row["name"] == "E" else "{:+.2f} to {:+.2f}".format(*row["behind"])
+            lines.append(
+                f"| {row['name']} | {row['auc']:.2f} | {low:.2f} to {high:.2f} | {behind} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _not_run(found: Results) -> str:
+    lacking = [entry for name, entry in EXPERIMENTS.items() if name not in found]
+    if not lacking:
+        return ""
+    lines = ["## Not yet run\n", "| experiment | command |", "|---|---|"]
+    for entry in lacking:
+        command = f"python -m examples.experiments run {entry.name} --scale small --data DIR"
+        lines.append(f"| {entry.title} | `{command}` |")
+    return "\n".join(lines) + "\n"
