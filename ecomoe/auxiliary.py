@@ -72,6 +72,7 @@ class AuxiliarySlot:
         self._num_calls = 0
         self._read = False
         self._version: int | None = None
+        self._spent: list[bool] = []  # non-empty once a backward pass went through what was read
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AuxiliarySlot:
         return AuxiliarySlot()
@@ -85,8 +86,7 @@ class AuxiliarySlot:
         Args:
             weights_NK: The gates of this call.
             loss: The call's weighted auxiliary loss, scalar, with its graph.
-            version: A number that changes when the optimizer steps (the version of a parameter), or
-                ``None`` where it cannot be read.
+            version: The layer's `step_version`.
         """
         if self.cell is not None and self.tokens is not None:
             self.tokens.add_(weights_NK.shape[0])
@@ -95,6 +95,8 @@ class AuxiliarySlot:
             if self._pending is None:
                 warnings.warn(_REENTRANT, stacklevel=2)
             return weights_NK
+        if not torch.compiler.is_compiling() and _is_left_over(self._pending):
+            self._clear()
         unread = self._pending is not None and not self._read
         stepped = version != self._version or self._num_calls >= MAX_UNREAD_CALLS
         if unread and stepped:
@@ -109,18 +111,30 @@ class AuxiliarySlot:
         self._version = version
         return weights_NK
 
-    def read(self, on_gradient: Callable[[Tensor], None] | None = None) -> Tensor | None:
+    def read(
+        self, *, version: int | None, on_gradient: Callable[[Tensor], None] | None = None
+    ) -> Tensor | None:
         """Return the token-weighted mean over the calls since the last step, or ``None``.
 
+        After a backward pass and a step of the optimizer the value comes without its graph, which
+        is spent: for a log, or because this step left the layer out.
+
         Args:
+            version: The layer's `step_version`.
             on_gradient: Called in the backward pass, just before it enters the layer.
         """
         if self._pending is None:
             return None
         self._read = True
-        if on_gradient is not None and self._pending.requires_grad:
-            self._pending.register_hook(on_gradient)
-        return self._pending / max(self._num_tokens, 1)
+        mean = self._pending / max(self._num_tokens, 1)
+        if self._spent and version != self._version:
+            return mean.detach()
+        if self._pending.requires_grad and not torch.compiler.is_compiling():
+            spent = self._spent  # not self: the graph must not hold on to the slot
+            self._pending.register_hook(lambda _: spent.append(True))
+            if on_gradient is not None:
+                self._pending.register_hook(on_gradient)
+        return mean
 
 
 class _Carry(torch.autograd.Function):
@@ -190,9 +204,10 @@ class LossRelay:
         self._slots = [slot for _, _, slot in layers]
         self._hooks: list[RemovableHandle] = []
         for _, layer, slot in layers:
-            device = next(layer.parameters()).device
+            parameter = next(layer.parameters())
+            device, wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
             slot.relay = self
-            slot.cell = torch.zeros((), dtype=torch.float32, device=device)
+            slot.cell = torch.zeros((), dtype=wide, device=device)
             slot.tokens = torch.zeros((), dtype=torch.float32, device=device)
             count = ForwardHook(partial(self._count_unrecorded, slot))
             self._hooks.append(layer.register_forward_pre_hook(count, with_kwargs=True))
@@ -398,10 +413,22 @@ def aux_loss(model: nn.Module) -> Tensor:
         warnings.warn(_TWICE, stacklevel=2)
         return total
     for name, layer, slot in layers:
-        pending = slot.read(_gathered_check(model, name)) if layer.training else None
+        if not layer.training:
+            continue
+        pending = slot.read(version=step_version(layer), on_gradient=_gathered_check(model, name))
         if pending is not None:
             total = total + pending.to(device)
     return total
+
+
+def step_version(layer: nn.Module) -> int | None:
+    """Return a number that changes with each optimizer step, at no synchronisation.
+
+    ``None`` while compiling, where versions cannot be read.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return sum(parameter._version for parameter in layer.parameters())
 
 
 def _gathered_check(model: nn.Module, name: str) -> Callable[[Tensor], None] | None:
@@ -411,6 +438,15 @@ def _gathered_check(model: nn.Module, name: str) -> Callable[[Tensor], None] | N
     from ecomoe.distributed import check_gathered
 
     return check_gathered(model, name)
+
+
+def _is_left_over(pending: Tensor | None) -> bool:
+    """Whether a tensor comes from a `torch.func` transform that has ended, and is of no use."""
+    functorch = torch._C._functorch
+    if pending is None or not functorch.is_functorch_wrapped_tensor(pending):
+        return False
+    ended = functorch.maybe_current_level() is None
+    return ended or functorch.is_dead_tensor_wrapper(pending)
 
 
 def _inside_backward() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecomoe import losses
-from ecomoe.auxiliary import AuxiliarySlot
+from ecomoe.auxiliary import AuxiliarySlot, step_version
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
@@ -304,7 +304,7 @@ class EcoMoE(nn.Module):
             self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
         else:
             loss = loss.nan_to_num() * 0.0
-        return self.auxiliary.leave(routing.weights_NK, loss, version=self._step_version())
+        return self.auxiliary.leave(routing.weights_NK, loss, version=step_version(self))
 
     def auxiliary_terms(
         self,
@@ -406,12 +406,6 @@ class EcoMoE(nn.Module):
         targets_NE = targets.reshape(-1, 1).expand(-1, self.num_experts)
         losses_NE = F.cross_entropy(outputs_NEF.transpose(1, 2), targets_NE, reduction="none")
         return losses.competence_teacher(losses_NE)
-
-    def _step_version(self) -> int | None:
-        """Return a number that changes with each optimizer step; costs no synchronisation."""
-        if torch.compiler.is_compiling():
-            return None
-        return next(self.router.parameters())._version
 
     def _check_oracle(self, oracle: Oracle | None, dense: nn.Module | None) -> Oracle | None:
         has_heads = self.num_classes is not None

@@ -1,0 +1,493 @@
+"""How auxiliary losses reach the gradient: the explicit way, the relay, and that the two agree."""
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import ecomoe
+from ecomoe import EcoMoE
+from ecomoe.auxiliary import LossRelay, TermMeans, auxiliary_layers
+
+EVERY_LOSS = {
+    "oracle_weight": 0.5,
+    "ortho_weight": 0.4,
+    "divergence_weight": 0.3,
+    "z_weight": 0.02,
+    "strength": 1.0,
+}
+WAYS = ["explicit", "relay"]
+
+
+class Classifier(nn.Module):
+    """Two layers in a row, each called on its tokens in ``num_calls`` chunks of growing size."""
+
+    def __init__(self, *, checkpointing=None, num_calls=1, **keywords):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(6, 8)
+        self.moes = nn.ModuleList(EcoMoE(8, 5, tiers=(2, 2), **keywords) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+        self.checkpointing = checkpointing
+        self.num_calls = num_calls
+        self.double()
+
+    def forward(self, x):
+        x = self.embed(x)
+        for moe in self.moes:
+            if self.checkpointing is None:
+                x = x + self.call(moe, x)
+            else:
+                x = x + checkpoint(self.call, moe, x, use_reentrant=self.checkpointing)
+        return self.head(x)
+
+    def call(self, moe, x):
+        sizes = [1] * (self.num_calls - 1)
+        return torch.cat([moe(part) for part in x.split([*sizes, len(x) - sum(sizes)])])
+
+
+def batch(seed=0, num_tokens=12):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, 6, dtype=torch.float64, generator=generator)
+    return x, torch.randint(3, (num_tokens,), generator=generator)
+
+
+def gradients(model, way, batches, *, scale=1.0, weight=None):
+    """Return all gradients after a backward pass on each batch, loss divided by their number."""
+    model.zero_grad()
+    relay = None
+    if way == "relay":
+        relay = LossRelay(model)
+        relay.watch(model)
+    for x, targets in batches:
+        loss = F.cross_entropy(model(x), targets)
+        if way == "explicit":
+            loss = loss + ecomoe.aux_loss(model)
+        if way == "relay" and weight is not None:
+            # The owner has normalised its own loss, so that nothing divides after this.
+            loss = loss / len(batches)
+            relay.attach(loss, weight=weight)
+            (loss * scale).backward()
+        else:
+            if way == "relay":
+                relay.attach(loss)
+            (loss * scale / len(batches)).backward()
+    if relay is not None:
+        relay.close()
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert actual[name] is None, name
+        else:
+            torch.testing.assert_close(
+                actual[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def task_gradients(model, batches):
+    """Return the gradients of the task alone."""
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x, targets in batches:
+            (F.cross_entropy(model(x), targets) / len(batches)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+class TestTheTwoWaysAgree:
+    @pytest.mark.parametrize("num_calls", [1, 3])
+    @pytest.mark.parametrize("num_batches", [1, 4])
+    @pytest.mark.parametrize("scale", [1.0, 1024.0])
+    def test_scaled_accumulated_and_called_several_times(self, num_calls, num_batches, scale):
+        model = Classifier(num_calls=num_calls, **EVERY_LOSS)
+        batches = [batch(seed) for seed in range(num_batches)]
+        explicit = gradients(model, "explicit", batches, scale=scale)
+        relayed = gradients(model, "relay", batches, scale=scale)
+        assert_same(relayed, explicit)
+        # And it is no small matter: the task alone gives another gradient.
+        task = task_gradients(model, batches)["moes.0.router.score.weight"]
+        total = explicit["moes.0.router.score.weight"] / scale
+        assert (total - task).norm() > 0.1 * task.norm()
+
+    def test_a_loss_that_is_normalised_over_the_window_already(self):
+        model = Classifier(**EVERY_LOSS)
+        batches = [batch(seed) for seed in range(4)]
+        expected = gradients(model, "explicit", batches)
+        assert_same(gradients(model, "relay", batches, weight=1 / 4), expected)
+
+    @pytest.mark.parametrize("num_calls", [1, 3])
+    @pytest.mark.parametrize(
+        ("way", "reentrant"), [("explicit", False), ("relay", False), ("relay", True)]
+    )
+    # Checkpointing, when reentrant, asks for an input that requires a gradient.
+    def test_checkpointing(self, way, reentrant, num_calls):
+        batches = [batch(seed) for seed in range(2)]
+        expected = gradients(Classifier(num_calls=num_calls, **EVERY_LOSS), "explicit", batches)
+        model = Classifier(checkpointing=reentrant, num_calls=num_calls, **EVERY_LOSS)
+        assert_same(gradients(model, way, batches), expected)
+
+    @pytest.mark.parametrize("frozen", ["router", "experts", "all"])
+    def test_frozen_parts(self, frozen):
+        model = Classifier(**EVERY_LOSS)
+        for moe in model.moes:
+            (moe if frozen == "all" else getattr(moe, frozen)).requires_grad_(False)
+        explicit = gradients(model, "explicit", [batch()])
+        assert_same(gradients(model, "relay", [batch()]), explicit)
+        assert explicit["embed.weight"].any()
+        assert (explicit["moes.0.router.score.weight"] is None) == (frozen != "experts")
+
+    def test_random_routing_still_trains_the_router(self):
+        model = Classifier(warmup_fraction=0.5, **EVERY_LOSS)
+        results = []
+        for way in WAYS:
+            torch.manual_seed(7)
+            results.append(gradients(model, way, [batch()]))
+        assert_same(*results)
+        assert results[0]["moes.0.router.score.weight"].any()
+
+    def test_two_forward_passes_before_one_backward_pass(self):
+        model = Classifier(**EVERY_LOSS)
+        (x, targets), (x2, targets2) = batch(0), batch(1, num_tokens=5)
+        results = []
+        for way in WAYS:
+            model.zero_grad()
+            if way == "relay":
+                relay = LossRelay(model)
+                relay.watch(model)
+            loss = F.cross_entropy(model(x), targets) + F.cross_entropy(model(x2), targets2)
+            if way == "explicit":
+                (loss + ecomoe.aux_loss(model)).backward()
+            else:
+                relay.attach(loss)
+                loss.backward()
+            results.append({name: p.grad for name, p in model.named_parameters()})
+        assert_same(*results)
+
+    def test_evaluation_between_forward_and_backward(self):
+        model = Classifier(**EVERY_LOSS)
+        expected = gradients(model, "explicit", [batch()])
+        model.zero_grad()
+        relay = LossRelay(model)
+        relay.watch(model)
+        x, targets = batch()
+        loss = F.cross_entropy(model(x), targets)
+        relay.attach(loss)
+        with torch.no_grad():
+            model.eval()(batch(5)[0])
+        model.train()
+        loss.backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+class TestSeveralCalls:
+    def test_each_call_counts_by_its_tokens(self):
+        layer = EcoMoE(6, 5, tiers=(2, 2), dtype=torch.float64, **EVERY_LOSS)
+        parts = batch()[0].split([1, 4, 7])
+        losses = []
+        for part in parts:
+            single = copy.deepcopy(layer)
+            single(part)
+            losses.append(ecomoe.aux_loss(single))
+        for part in parts:
+            layer(part)
+        expected = sum(len(p) * loss for p, loss in zip(parts, losses, strict=True)) / 12
+        torch.testing.assert_close(ecomoe.aux_loss(layer), expected)
+
+    def test_layers_are_summed(self):
+        model = Classifier(**EVERY_LOSS)
+        model(batch()[0])
+        expected = sum(ecomoe.aux_loss(moe) for moe in model.moes)
+        torch.testing.assert_close(ecomoe.aux_loss(model), expected)
+
+    def test_a_call_without_tokens_counts_for_nothing(self):
+        layer = EcoMoE(6, 5, tiers=(2, 2), dtype=torch.float64, **EVERY_LOSS)
+        x = batch()[0]
+        layer(x)
+        expected = ecomoe.aux_loss(layer).detach()
+        layer(x[:0])
+        layer(x)
+        torch.testing.assert_close(ecomoe.aux_loss(layer).detach(), expected)
+
+
+class TestExplicit:
+    def test_reading_twice_gives_the_same(self):
+        model = Classifier()
+        model(batch()[0])
+        assert ecomoe.aux_loss(model) == ecomoe.aux_loss(model) > 0
+
+    def test_evaluation_has_none(self):
+        model = Classifier()
+        model.eval()(batch()[0])
+        assert ecomoe.aux_loss(model) == 0
+        model.train()
+        with torch.no_grad():
+            model(batch()[0])
+        assert ecomoe.aux_loss(model) == 0
+        assert all(not slot.terms for _, _, slot in auxiliary_layers(model))
+
+    def test_after_the_step_the_value_is_there_for_a_log_without_its_graph(self):
+        model = Classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, targets = batch()
+        loss = F.cross_entropy(model(x), targets) + ecomoe.aux_loss(model)
+        value = ecomoe.aux_loss(model).item()
+        loss.backward()
+        optimizer.step()
+        logged = ecomoe.aux_loss(model)
+        assert logged == value
+        assert not logged.requires_grad
+
+    def test_a_layer_that_a_step_leaves_out(self):
+        # As in LayerDrop: what it left in an earlier step has no graph any more.
+        model = Classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, targets = batch()
+        (F.cross_entropy(model(x), targets) + ecomoe.aux_loss(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        y = model.head(model.moes[0](model.embed(x)))
+        (F.cross_entropy(y, targets) + ecomoe.aux_loss(model)).backward()
+        assert model.moes[0].router.score.weight.grad.any()
+        assert model.moes[1].router.score.weight.grad is None
+
+
+class TestWarnings:
+    def step(self, model, optimizer):
+        x, targets = batch()
+        F.cross_entropy(model(x), targets).backward()
+        optimizer.step()
+
+    def test_unread(self):
+        model = Classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.step(model, optimizer)
+        with pytest.warns(UserWarning, match=r"never used.*ecomoe.aux_loss\(model\).*Monitor"):
+            self.step(model, optimizer)
+
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+    @pytest.mark.parametrize("foreach", [False, True])
+    def test_unread_is_noticed_with_a_frozen_router(self, optimizer, foreach):
+        model = Classifier(divergence_weight=0.1)
+        for moe in model.moes:
+            moe.router.requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer(trained, lr=0.1, foreach=foreach)
+        self.step(model, optimizer)
+        with pytest.warns(UserWarning, match="never used"):
+            self.step(model, optimizer)
+
+    def test_unread_calls_without_a_step_are_no_reason(self):
+        # Accumulation, and a layer called several times, with the losses read at the end.
+        model = Classifier(num_calls=4)
+        for seed in range(3):
+            model(batch(seed)[0])
+        assert ecomoe.aux_loss(model) > 0
+
+    def test_too_many_unread_calls_are(self, monkeypatch):
+        monkeypatch.setattr("ecomoe.auxiliary.MAX_UNREAD_CALLS", 5)
+        layer = EcoMoE(6, 5, tiers=(2, 2), dtype=torch.float64)
+        for _ in range(5):
+            layer(batch()[0])
+        with pytest.warns(UserWarning, match="never used"):
+            layer(batch()[0])
+
+    def test_reentrant_checkpointing(self):
+        model = Classifier(checkpointing=True)
+        x, targets = batch()
+        loss = F.cross_entropy(model(x), targets) + ecomoe.aux_loss(model)
+        with pytest.warns(UserWarning, match=r"reentrant.*use_reentrant=False.*Monitor"):
+            loss.backward()
+
+    def test_both_ways_at_once(self):
+        model = Classifier()
+        relay = LossRelay(model)
+        model(batch()[0])
+        with pytest.warns(UserWarning, match=r"0 here.*count them twice.*drop one"):
+            assert ecomoe.aux_loss(model) == 0
+        relay.close()
+
+
+class TestRelay:
+    def hooks(self, model):
+        return [
+            (name, len(module._forward_pre_hooks), len(module._forward_hooks))
+            for name, module in model.named_modules()
+        ]
+
+    def test_the_logged_loss_stays_the_tasks(self):
+        model = Classifier(**EVERY_LOSS)
+        x, targets = batch()
+        expected = F.cross_entropy(model.eval()(x), targets)
+        relay = LossRelay(model.train())
+        relay.watch(model)
+        loss = F.cross_entropy(model(x), targets)
+        relay.attach(loss)
+        assert relay.num_attached == 1
+        torch.testing.assert_close(loss, expected)
+
+    def test_close_leaves_nothing(self):
+        model = Classifier()
+        before = self.hooks(model)
+        relay = LossRelay(model)
+        relay.watch(model)
+        assert self.hooks(model) != before
+        relay.close()
+        relay.close()
+        assert self.hooks(model) == before
+        for _, _, slot in auxiliary_layers(model):
+            assert slot.relay is slot.cell is slot.tokens is None
+        model(batch()[0])
+        assert ecomoe.aux_loss(model) > 0
+        LossRelay(model).close()
+
+    def test_a_second_one_is_refused_and_changes_nothing(self):
+        model = Classifier()
+        relay = LossRelay(model)
+        before = self.hooks(model)
+        with pytest.raises(ValueError, match=r"layer 'moes.0' already .* close the other"):
+            LossRelay(model)
+        with pytest.raises(ValueError, match="close the other"):
+            LossRelay(model.moes[1])
+        assert self.hooks(model) == before
+        assert all(slot.relay is relay for _, _, slot in auxiliary_layers(model))
+
+    def test_a_loss_without_a_graph_is_left_alone(self):
+        model = Classifier().eval()
+        relay = LossRelay(model)
+        x, targets = batch()
+        with torch.no_grad():
+            relay.attach(F.cross_entropy(model(x), targets))
+        assert relay.num_attached == 0
+
+    def test_without_attach_only_the_task_teaches(self):
+        model = Classifier(**EVERY_LOSS)
+        expected = task_gradients(model, [batch()])
+        relay = LossRelay(model)
+        relay.watch(model)
+        x, targets = batch()
+        F.cross_entropy(model(x), targets).backward()
+        for name, parameter in model.named_parameters():
+            task = expected[name]
+            task = torch.zeros_like(parameter) if task is None else task
+            torch.testing.assert_close(parameter.grad, task)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+    def test_after_a_training_forward(self, way, how):
+        model = Classifier(**EVERY_LOSS)
+        if way == "relay":
+            relay = LossRelay(model)
+            relay.watch(model)
+        y = model(batch()[0])
+        if how == "deepcopy":
+            other = copy.deepcopy(model)
+        elif how == "pickle":
+            other = pickle.loads(pickle.dumps(model))
+        else:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            other = torch.load(file, weights_only=False)
+        for _, _, slot in auxiliary_layers(other):
+            assert slot.relay is slot.cell is slot.tokens is None
+            assert not slot.terms
+        assert ecomoe.aux_loss(other) == 0
+        # The copy is on the explicit way, the original where it was.
+        assert torch.equal(other(batch()[0]), y)
+        assert ecomoe.aux_loss(other) > 0
+        if way == "relay":
+            assert all(slot.relay is relay for _, _, slot in auxiliary_layers(model))
+            relay.close()
+        else:
+            assert ecomoe.aux_loss(model) > 0
+
+
+class Saved:
+    """Stands in for a tensor that a graph has saved; dies with the graph."""
+
+    def __init__(self, tensor):
+        # Without its graph: a saved output would keep itself alive.
+        self.tensor = tensor.detach()
+
+
+class TestMemory:
+    @pytest.fixture
+    def saved(self):
+        """Count what graphs hold on to."""
+        alive = weakref.WeakSet()
+
+        def pack(tensor):
+            holder = Saved(tensor)
+            alive.add(holder)
+            return holder
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+            yield alive
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_no_graph_outlives_its_backward_pass(self, way, saved):
+        model = Classifier(**EVERY_LOSS)
+        relay = LossRelay(model) if way == "relay" else None
+        x, targets = batch()
+        loss = F.cross_entropy(model(x), targets)
+        if relay is None:
+            loss = loss + ecomoe.aux_loss(model)
+        else:
+            relay.attach(loss)
+        assert len(saved) > 20
+        loss.backward()
+        del loss
+        gc.collect()
+        assert len(saved) == 0
+
+    @pytest.mark.filterwarnings("ignore:the auxiliary losses .* never used")
+    @pytest.mark.parametrize("frozen", [None, "router", "experts"])
+    def test_unread_losses_do_not_pile_up(self, frozen, saved):
+        model = Classifier(divergence_weight=0.1)
+        if frozen:
+            for moe in model.moes:
+                getattr(moe, frozen).requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.01)
+        held = []
+        for step in range(100):
+            x, targets = batch(step)
+            F.cross_entropy(model(x), targets).backward()
+            optimizer.step()
+            held.append(len(saved))
+        assert max(held[1:]) <= 2 * held[0]
+
+
+class TestTermMeans:
+    def test_means_by_name_and_the_total(self):
+        model = Classifier(**EVERY_LOSS)
+        means = TermMeans(model)
+        expected, totals = [], []
+        for seed in range(3):
+            model(batch(seed)[0])
+            totals.append(ecomoe.aux_loss(model).item())
+            expected += [moe.auxiliary.terms["z"].item() for moe in model.moes]
+            means.add()
+        computed = means.compute()
+        names = {"balance", "entropy", "oracle", "prototype", "ortho", "divergence", "z", "total"}
+        assert computed.keys() == names
+        assert computed["z"] == pytest.approx(sum(expected) / 6)
+        assert computed["total"] == pytest.approx(sum(totals) / 3)
+        assert means.compute() == {}
