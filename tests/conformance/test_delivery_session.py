@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import tempfile
 import warnings
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ import torch
 from delivery import (
     Recorder,
     RecordingTrainer,
+    Window,
     language_loss,
+    reference_gradient,
     relative_error,
     router_gradient,
     texts,
@@ -19,7 +22,7 @@ from delivery import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ecomoe
 from ecomoe.integrations.trainer import TrainerSession, calling_trainer
@@ -307,3 +310,43 @@ def test_wrapped_again_by_another():
         parameter = torch.ones((), requires_grad=True)
         trainer.accelerator.backward(parameter * 2)
     assert parameter.grad == 2
+
+
+def test_the_monitor_is_all_there_is():
+    """A plain Trainer and a plain model: losses delivered, schedule driven, terms logged."""
+    gradients = []
+
+    class Reader(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.append(router_gradient(model))
+
+    model, data = tiny_gpt2(), texts(8)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            tempfile.mkdtemp(),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            num_train_epochs=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=data,
+        callbacks=[ecomoe.Monitor(view="off"), Reader()],
+    )
+    trainer.train()
+    ids = torch.stack([text["input_ids"] for text in data])
+    (gradient,) = gradients
+    assert relative_error(gradient, reference_gradient(Window(0.0, [ids], None))) < 1e-5
+    log = trainer.state.log_history[0]
+    with torch.no_grad():
+        assert log["loss"] == pytest.approx(language_loss(tiny_gpt2().train(), ids).item(), 1e-5)
+    assert {"aux_entropy", "aux_oracle", "aux_z", "aux_total"} <= set(log)
+    layer = model.transformer.h[0].mlp
+    assert layer.temperature.item() == pytest.approx(layer.control.temperature_at(1.0))
+    assert nothing_left(trainer)
