@@ -83,7 +83,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(library, tmp_path):
     for key in ("history", "final", "temperature_scan", "steps"):
         assert resumed[key] == whole[key]
     lines = (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [4, 8][: len(lines)]
+    assert [json.loads(line)["step"] for line in lines] == [4, 8]
+    watched = [(tmp_path / name / "monitor.jsonl").read_text() for name in ("whole", "killed")]
+    assert watched[0] == watched[1]
 
 
 def test_a_run_that_is_done_is_not_done_again(library, tmp_path):

@@ -264,9 +264,9 @@ def _flat(found: Results) -> Verdict:
     if all(identical):
         return Verdict(
             "reproduced",
-            f"{why} Equal by construction: tiers are labels here, as in the paper's description, so "
-            "a flat and a tiered layer of one seed are the same network; a gap between them, such "
-            "as the paper's 1.48 points on CIFAR-100, is then noise between runs.",
+            f"{why} Equal by construction: tiers are labels here, as in the paper's description, "
+            "so a flat and a tiered layer of one seed are the same network; a gap between them, "
+            "such as the paper's 1.48 points on CIFAR-100, is then noise between runs.",
         )
     return Verdict("reproduced" if max(gaps) < 1 else "qualified", why)
 

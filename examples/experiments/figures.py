@@ -138,10 +138,17 @@ def revival(run: Record) -> dict[str, float]:
     held = [usage for percent, usage in usages if percent <= 100 * release + 1e-6]
     after = [(p, usage) for p, usage in usages if p > 100 * release + 1e-6]
     alive = next((percent for percent, usage in after if usage >= 0.01), float("inf"))
+    reported = [
+        event["kind"] == "revival"
+        and event["expert"] == 0
+        and event["step"] >= release * run["steps"]
+        for event in run["events"]
+    ]
     return {
         "usage when released %": 100 * held[-1],
         "revived after, % of training": alive - 100 * release,
         "its usage at the end %": 100 * usages[-1][1],
+        "revival reported by the monitor": float(any(reported)),
     }
 
 

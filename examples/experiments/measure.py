@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ecomoe
 from ecomoe import EcoMoE
 from ecomoe.ecology.statistics import max_violation, ratios, shares
 from ecomoe.ecology.taxonomy import Thresholds, categories_of
@@ -198,6 +199,7 @@ def evaluate(
     *,
     labels: int,
     thresholds: Thresholds | None = None,
+    monitor: ecomoe.Monitor | None = None,
 ) -> Record:
     """Return quality and the ecology of every layer on a test set.
 
@@ -209,13 +211,17 @@ def evaluate(
         batches: Inputs and targets.
         labels: Classes, or ids of the vocabulary.
         thresholds: Of the categories; the paper's by default.
+        monitor: Told of each batch, where one watches the model, and made to report.
     """
     model.eval()
     device = next(model.parameters()).device
     total = loss = top1 = top2 = 0.0
     with reading(model, labels=labels) as counts:
         for inputs, targets in batches:
-            logits = model(inputs.to(device)).flatten(0, -2).float().cpu()
+            outputs = model(inputs.to(device))
+            if monitor is not None:
+                monitor.evaluate(outputs=outputs, targets=targets)
+            logits = outputs.flatten(0, -2).float().cpu()
             targets_N = targets.flatten()
             labels_N = targets_N if inputs.is_floating_point() else inputs.flatten()
             probs = logits.softmax(-1)
@@ -229,6 +235,8 @@ def evaluate(
             for entry in counts:
                 entry.add(labels_N, targets_N, correct_N, sure_N)
         layers = [entry.record(thresholds or Thresholds()) for entry in counts]
+    if monitor is not None:
+        monitor.report("eval")
     return {
         "loss": loss / total,
         "top1": top1 / total,

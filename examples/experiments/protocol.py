@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ecomoe
 from ecomoe import EcoMoE
 from examples.experiments.measure import Batch, Record
 
@@ -38,6 +39,7 @@ class Job:
         evaluate_at: Numbers of steps done after which to evaluate.
         before_step: Called with the share of the training done.
         after_step: The same, after the optimizer's step.
+        monitor: Watches the model; its state is part of the checkpoint.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Job:
     evaluate_at: frozenset[int]
     before_step: Callable[[float], None] = lambda progress: None
     after_step: Callable[[float], None] = lambda progress: None
+    monitor: ecomoe.Monitor | None = None
 
 
 def fit(
@@ -70,6 +73,8 @@ def fit(
         job.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         history, seconds, start = state["history"], state["seconds"], state["step"]
+        if job.monitor is not None:
+            job.monitor.load_state_dict(state["monitor"])
     # Lines written after the last checkpoint are written again.
     log.write_text("".join(json.dumps(record) + "\n" for record in history))
     device = next(job.model.parameters()).device
@@ -107,6 +112,7 @@ def _save(path: Path, job: Job, history: list[Record], seconds: float, step: int
         "history": history,
         "seconds": seconds,
         "step": step,
+        "monitor": None if job.monitor is None else job.monitor.state_dict(),
     }
     # A run killed while it saves must find the former checkpoint.
     unfinished = path.with_suffix(".tmp")

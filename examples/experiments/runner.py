@@ -104,28 +104,37 @@ def run_setting(
     schedule = Schedule(model, total_steps=total)
     death = ForcedDeath(model, setting.forced_death) if setting.forced_death else None
     percents = setting.percents if setting.percents and scale.name != "smoke" else scale.percents
+    optimizer = two_rates(
+        model,
+        encoder_lr=scale.encoder_lr,
+        expert_lr=scale.expert_lr,
+        weight_decay=scale.weight_decay,
+    )
+    log = folder / "monitor.jsonl"
+    if not (folder / "checkpoint.pt").exists():
+        log.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+    monitor = ecomoe.Monitor(
+        model, optimizer=optimizer, log=log, every=max(total // 20, 1), view="off"
+    )
     job = Job(
         model=model,
-        optimizer=two_rates(
-            model,
-            encoder_lr=scale.encoder_lr,
-            expert_lr=scale.expert_lr,
-            weight_decay=scale.weight_decay,
-        ),
+        optimizer=optimizer,
         batch_at=batches,
         total_steps=total,
         loss=task_loss,
-        evaluate=lambda trained: evaluate(trained, tests, labels=samples.classes),
+        evaluate=lambda trained: evaluate(trained, tests, labels=samples.classes, monitor=monitor),
         evaluate_at=steps_at(percents, total),
         before_step=lambda progress: schedule.advance(round(progress * total)),
         after_step=death or (lambda progress: None),
+        monitor=monitor,
     )
     began = time.perf_counter()
-    history, seconds = fit(
-        job,
-        folder,
-        on_progress=on_progress and (lambda step, record: on_progress(step, total, record)),
-    )
+    with monitor:
+        history, seconds = fit(
+            job,
+            folder,
+            on_progress=on_progress and (lambda step, record: on_progress(step, total, record)),
+        )
     scan = temperature_scan(model, tests, labels=samples.classes, temperatures=scale.temperatures)
     result = rounded(
         {
@@ -144,6 +153,10 @@ def run_setting(
             "torch": torch.__version__,
             "history": [brief(record, total) for record in history],
             "final": history[-1],
+            "events": [
+                {key: event[key] for key in ("kind", "step", "phase", "layer", "expert", "basis")}
+                for event in (found.to_dict() for found in monitor.events)
+            ],
             "temperature_scan": [
                 {**brief(record, total), "temperature": record["temperature"]} for record in scan
             ],
