@@ -304,7 +304,11 @@ class EcoMoE(nn.Module):
             self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
         else:
             loss = loss.nan_to_num() * 0.0
-        return self.auxiliary.leave(routing.weights_NK, loss, version=step_version(self))
+        weights_NK = routing.weights_NK
+        if self.prototypes is not None:
+            # These losses alone train them: DDP looks from the output on and would not find them.
+            weights_NK = weights_NK + 0.0 * self.prototypes.sum()
+        return self.auxiliary.leave(weights_NK, loss, version=step_version(self))
 
     def auxiliary_terms(
         self,
