@@ -92,6 +92,10 @@ class RouterTap(LayerTap):
         num_keys = getattr(router, "num_keys", None)
         self.num_keys = num_keys if isinstance(num_keys, int) else None
         self.given_top_k = _top_k_of(router, parent)
+        if self.num_keys is not None:
+            # Its experts are looked up before the router's output is seen.
+            self.tiers = (int(router.num_experts),)  # type: ignore[arg-type]
+            self._allocate(next(router.parameters()).device)
 
     def hooks(self) -> Iterator[tuple[nn.Module, str, Callable[..., None]]]:
         """Yield the modules to hook, ``"before"`` or ``"after"``, and the calls that read them."""

@@ -119,8 +119,8 @@ class Watch:
         executed_E = sums["executed"]
         if tap.refused is None and executed_E.any() and not executed_E.equal(sums["topk"]):
             tap.refused = (
-                f"its router decided {sums['topk'].tolist()} slots by expert, but its experts "
-                f"received {executed_E.tolist()}"
+                f"its router decided {sums['topk'].long().tolist()} slots by expert, but its "
+                f"experts received {executed_E.long().tolist()}"
             )
             self._tell_refusal(tap)
         if tap.refused is not None:
