@@ -446,7 +446,7 @@ def _is_left_over(pending: Tensor | None) -> bool:
     if pending is None or not functorch.is_functorch_wrapped_tensor(pending):
         return False
     ended = functorch.maybe_current_level() is None
-    return ended or functorch.is_dead_tensor_wrapper(pending)
+    return ended or functorch.is_dead_tensor_wrapper(pending)  # type: ignore[attr-defined]
 
 
 def _inside_backward() -> bool:

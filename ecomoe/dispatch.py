@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe.routing import without_autocast
+
 
 class Plan(NamedTuple):
     """Which slot goes where.
@@ -56,7 +58,7 @@ def unsort_slots(y_SF: Tensor, plan: Plan, *, top_k: int) -> Tensor:
 
 def combine(y_NKF: Tensor, weights_NK: Tensor) -> Tensor:
     """Return the gate-weighted sum over each token's experts, ``(N, F)``, in the gates' dtype."""
-    with torch.autocast(weights_NK.device.type, enabled=False):
+    with without_autocast(weights_NK):
         return torch.matmul(weights_NK.unsqueeze(1), y_NKF.to(weights_NK.dtype)).squeeze(1)
 
 

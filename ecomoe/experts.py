@@ -47,6 +47,14 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast prescribes on the tensor's device, if it is at work there."""
+    kind = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def tier_of_experts(tiers: tuple[int, ...]) -> list[int]:
     """Return the tier of each expert.
 
@@ -99,9 +107,9 @@ class ExpertLinear(nn.Module):
     def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
         weight_EFD, bias_EF = self.operands()
-        if torch.is_autocast_enabled(x_SD.device.type):
+        dtype = autocast_dtype(x_SD)
+        if dtype is not None:
             # Operators of our own are not on autocast's list: cast as it does for F.linear.
-            dtype = torch.get_autocast_dtype(x_SD.device.type)
             x_SD, weight_EFD = x_SD.to(dtype), weight_EFD.to(dtype)
             bias_EF = None if bias_EF is None else bias_EF.to(dtype)
         return grouped_linear(x_SD, weight_EFD, bias_EF, ends_E)

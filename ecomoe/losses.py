@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe.routing import without_autocast
+
 
 class Shares(NamedTuple):
     """How the tokens of a batch are spread over E experts; each sums to 1.
@@ -113,7 +115,7 @@ def z_loss(logits_NE: Tensor) -> Tensor:
 def orthogonality_loss(prototypes_ED: Tensor) -> Tensor:
     """Return the mean squared cosine between distinct prototypes, in [0, 1]; 0 for one expert."""
     unit_ED = F.normalize(prototypes_ED, dim=-1)
-    return _mean_squared_off_diagonal(unit_ED @ unit_ED.mT)
+    return _mean_squared_off_diagonal(_products(unit_ED, unit_ED))
 
 
 def divergence_loss(outputs_NKD: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def divergence_loss(outputs_NKD: Tensor) -> Tensor:
     2025, which the E paper cites as [7]); 0 where a token has one expert.
     """
     unit_NKD = F.normalize(outputs_NKD, dim=-1)
-    return _mean_squared_off_diagonal(unit_NKD @ unit_NKD.mT)
+    return _mean_squared_off_diagonal(_products(unit_NKD, unit_NKD))
 
 
 def prototype_loss(x_ND: Tensor, prototypes_ED: Tensor, expert_ids_NK: Tensor) -> Tensor:
@@ -160,7 +162,13 @@ def prototype_teacher(x_ND: Tensor, prototypes_ED: Tensor, *, sharpness: float =
     """Return the teacher that prefers the expert whose (detached) prototype is nearest in angle."""
     unit_ND = F.normalize(x_ND.detach(), dim=-1)
     unit_ED = F.normalize(prototypes_ED.detach(), dim=-1)
-    return torch.softmax(sharpness * (unit_ND @ unit_ED.mT), dim=-1)
+    return torch.softmax(sharpness * _products(unit_ND, unit_ED), dim=-1)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of all rows, in the precision of the rows."""
+    with without_autocast(a):
+        return a @ b.mT
 
 
 def _mean_squared_off_diagonal(gram: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ecomoe.experts import (
     Experts,
     FFNExperts,
     HeadExperts,
+    autocast_dtype,
 )
 from ecomoe.routers import ROUTERS, keep_wide
 from ecomoe.routing import Routing
@@ -240,7 +241,10 @@ class EcoMoE(nn.Module):
         self._reset_own()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters and go back to the start of the schedule."""
+        """Draw fresh parameters and go back to the start of the schedule.
+
+        What the caller brought (a norm, an activation, a dense block) stays as it is.
+        """
         self.router.reset_parameters()
         for module in self.experts.modules():
             if isinstance(module, ExpertLinear):
@@ -446,7 +450,7 @@ class EcoMoE(nn.Module):
                 "move the channels last"
             )
         weight = next(self.experts.parameters())
-        castable = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+        castable = x.is_floating_point() and autocast_dtype(x) is not None
         if x.dtype != weight.dtype and not castable:
             raise ValueError(
                 f"x has dtype {x.dtype}, the experts have {weight.dtype}; cast one of them, or run "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecomoe.routing import Routing, route
+from ecomoe.routing import Routing, route, without_autocast
 
 
 class Router(nn.Module):
@@ -38,7 +38,7 @@ class Router(nn.Module):
         self, x_ND: Tensor, temperature: Tensor, random_routing: Tensor | None = None
     ) -> Routing:
         """Route tokens of any floating dtype; see `ecomoe.routing.route`."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND):
             wide = torch.promote_types(x_ND.dtype, torch.float32)
             logits_NE = self.logits(x_ND.to(wide))
             return route(

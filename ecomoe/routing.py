@@ -7,7 +7,8 @@ Axes: N tokens, E experts, K experts chosen for a token (top-k).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Routing(NamedTuple):
     probs_NE: Tensor
     expert_ids_NK: Tensor
     weights_NK: Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which matrix products keep the tensor's precision."""
+    if tensor.is_meta:  # autocast refuses a device that computes nothing
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def top_k_experts(scores_NE: Tensor, *, top_k: int) -> Tensor:

@@ -20,12 +20,18 @@ RELATIVE = {
 }
 
 
-def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, *, name: str = "") -> None:
-    """Compare with the tolerance of ``dtype``, the coarsest that took part."""
+def assert_near(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, *, name: str = "", scale: float = 1e-3
+) -> None:
+    """Compare with the tolerance of ``dtype``, the coarsest that took part.
+
+    ``scale`` is the least magnitude to measure against, for a result that is a small difference of
+    large numbers.
+    """
     assert actual.shape == expected.shape, name
     if not actual.numel():
         return
     expected = expected.detach().to(torch.float64)
     error = (actual.detach().to(torch.float64) - expected).abs().max().item()
-    bound = RELATIVE[dtype] * max(expected.abs().max().item(), 1e-3)
+    bound = RELATIVE[dtype] * max(expected.abs().max().item(), scale)
     assert error <= bound, f"{name}: error {error:.3g} above {bound:.3g}"
