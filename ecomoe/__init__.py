@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ecomoe.auxiliary import aux_loss
 from ecomoe.control import Control, control_parameter
 from ecomoe.convert import convert
+from ecomoe.loading import extend_registries, from_pretrained
 from ecomoe.moe import EcoMoE
 
 if TYPE_CHECKING:
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Control", "EcoMoE", "Monitor", "Report", "aux_loss", "control_parameter", "convert"]
+__all__ = [
+    "Control",
+    "EcoMoE",
+    "Monitor",
+    "Report",
+    "aux_loss",
+    "control_parameter",
+    "convert",
+    "from_pretrained",
+]
+
+extend_registries()
 
 # What needs more than torch loads at first use.
 _LAZY = {"Monitor": "ecomoe.ecology.monitor", "Report": "ecomoe.ecology.report"}

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE, Oracle
-from ecomoe.sites import Found, Layers, find_blocks, refusals, select_blocks
+from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Stands in a record for an oracle that was a function.
+LOST = "a function"
 
 
 def convert(
@@ -113,9 +116,49 @@ def convert(
     planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
     before = Cost.of(model, dense=chosen)
     _replace(model, planned, init=init, amount=amount)
+    record = {"blocks": [block.name for block in chosen], "expert_width": expert_width, **settings}
+    if callable(oracle):
+        record["oracle"] = LOST
+    for adapter in adapters_of(model):
+        adapter.remember(model, record)
     if verbose:
         print(_summary(before, Cost.of(model, layers=planned), planned, found, refused))
     return model
+
+
+def rebuild(model: nn.Module, records: Sequence[Mapping[str, Any]], *, prefix: str = "") -> None:
+    """Put the layers of earlier conversions into a dense model, for a checkpoint to fill.
+
+    Args:
+        model: A model built as the converted one was.
+        records: What was done to it, in order: blocks by name, and the settings.
+        prefix: What stands before the names in this model; names may also stand there without.
+
+    Raises:
+        ValueError: None of a record's blocks is in the model.
+    """
+    for record in records:
+        settings = dict(record)
+        blocks, expert_width = settings.pop("blocks"), settings.pop("expert_width")
+        settings["tiers"] = tuple(settings["tiers"])
+        if settings["oracle"] == LOST:
+            settings["oracle"] = _lost_oracle
+        names = {form for name in blocks for form in (name, prefix + name)}
+        chosen = [block for block in find_blocks(model)[0] if block.name in names]
+        if not chosen:
+            raise ValueError(
+                f"model={type(model).__name__} has none of the blocks that were converted "
+                f"({blocks[0]!r} and others); load the kind of model that was saved"
+            )
+        planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
+        _replace(model, planned, init="upcycle", amount=0.0)
+
+
+def _lost_oracle(x_ND: Tensor) -> Tensor:
+    raise ValueError(
+        "oracle was a function of your own, which a checkpoint cannot hold; set layer.oracle to it "
+        "on every EcoMoE layer before training"
+    )
 
 
 def _plan_layer(block: Found, expert_width: float, settings: Mapping[str, Any]) -> EcoMoE:

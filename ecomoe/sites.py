@@ -20,7 +20,7 @@ from ecomoe.experts import Activation
 from ecomoe.moe import EcoMoE
 from ecomoe.upcycle import DenseFFN, Projection
 
-Rule = Callable[[Any], "Site | None"]
+Rule = Callable[[Any], "Site | tuple[Site, ...] | None"]
 LayerFilter = Callable[[str, nn.Module], bool]
 Layers = int | str | LayerFilter | Sequence[int | str] | None
 
@@ -238,14 +238,24 @@ class Found:
     site: Site
 
 
+def adapters_of(model: nn.Module) -> list[Any]:
+    """Import the adapters of the libraries whose classes a model holds.
+
+    An adapter is a module with ``recognise(name, module)``, which returns a site, several or
+    ``None``, and ``remember(model, record)``, which makes a conversion part of what the library
+    saves.
+    """
+    roots = {cls.__module__.partition(".")[0] for m in model.modules() for cls in type(m).__mro__}
+    return [import_module(path) for root, path in _ADAPTERS.items() if root in roots]
+
+
 def find_blocks(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     """Find the feed-forward blocks of a model, in its order.
 
     Returns:
         The blocks that can be replaced; and the names of those that cannot, with the reason.
     """
-    roots = {cls.__module__.partition(".")[0] for m in model.modules() for cls in type(m).__mro__}
-    adapters = [import_module(path) for root, path in _ADAPTERS.items() if root in roots]
+    adapters = adapters_of(model)
     found: list[Found] = []
     refused: dict[str, str] = {}
     for owner, module in model.named_modules():
@@ -255,9 +265,10 @@ def find_blocks(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
             except Refused as reason:
                 refused[owner] = str(reason)
                 continue
-            if site is not None and owner + site.seat:
-                name = ".".join(part for part in (owner, site.seat) if part)
-                found.append(Found(name, owner, module, site))
+            for one in (site,) if isinstance(site, Site) else site or ():
+                name = ".".join(part for part in (owner, one.seat) if part)
+                if name:
+                    found.append(Found(name, owner, module, one))
     return found, refused
 
 

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from ecomoe.sites import AddsResidual, Parts, Refused, Rule, Site, linear_map
 from ecomoe.upcycle import Projection
 
+Sites = Site | tuple[Site, ...] | None
+
 
 def projection(linear: Any) -> Projection:
     """Take the weights of a linear map, also where a class of transformers' own computes it."""
@@ -31,13 +33,13 @@ def projection(linear: Any) -> Projection:
 
 
 def _refuse(reason: str) -> Rule:
-    def rule(module: Any) -> Site | None:
+    def rule(module: Any) -> Sites:
         raise Refused(reason)
 
     return rule
 
 
-def _bloom(m: Any) -> Site | None:
+def _bloom(m: Any) -> Sites:
     if m.pretraining_tp > 1 and m.slow_but_exact:
         raise Refused("it sums slices as at pretraining; set slow_but_exact=False first")
     return _BLOOM(m)
@@ -53,14 +55,32 @@ _BLOOM = Parts(
 _GATED = Parts(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj")
 _FC = Parts(up="fc1", act="activation_fn", down="fc2")
 _T5_GATED = Parts(gate="wi_0", up="wi_1", act="act", dropout="dropout", down="wo")
-_SPLIT = Parts(
-    up="intermediate.dense",
-    act="intermediate.intermediate_act_fn",
-    down="output.dense",
-    seat="intermediate",
-    emptied=("output.dense",),
-)
 _INLINE = replace(_FC, seat="fc1", emptied=("activation_fn", "fc2"))
+
+
+def _query_former(m: Any) -> Sites:
+    names = [("intermediate_query", "output_query")]
+    if hasattr(m, "intermediate"):
+        names.append(("intermediate", "output"))
+    return tuple(_split(first, last)(m) for first, last in names)
+
+
+def _split(first: str, last: str) -> Parts:
+    return Parts(
+        up=f"{first}.dense",
+        act=f"{first}.intermediate_act_fn",
+        down=f"{last}.dense",
+        seat=first,
+        emptied=(f"{last}.dense",),
+    )
+
+
+_SPLIT = _split("intermediate", "output")
+
+
+def _lilt(m: Any) -> Sites:
+    return _SPLIT(m), _split("layout_intermediate", "layout_output")(m)
+
 
 _CLASSES: dict[Parts, str] = {
     # Modules of their own.
@@ -250,12 +270,12 @@ _CLASSES: dict[Parts, str] = {
     # Split over two modules.
     _SPLIT: """
         AlignTextLayer AltRobertaLayer BertGenerationLayer BertLayer BigBirdLayer
-        Blip2QFormerLayer BlipTextLayer BridgeTowerBertCrossLayer BridgeTowerTextLayer BrosLayer
+        BlipTextLayer BridgeTowerBertCrossLayer BridgeTowerTextLayer BrosLayer
         CamembertLayer CanineLayer ChineseCLIPTextLayer ClapAudioLayer ClapTextLayer
         ConvBertLayer DPTViTLayer Data2VecTextLayer Data2VecVisionLayer DebertaLayer
         DebertaV2Layer DinatLayer DonutSwinLayer ElectraLayer ErnieLayer FNetLayer FlavaLayer
-        GitLayer InstructBlipQFormerLayer InstructBlipVideoQFormerLayer LayoutLMLayer
-        LayoutLMv2Layer LayoutLMv3Layer LiltLayer LongformerLayer LukeLayer LxmertLayer
+        GitLayer LayoutLMLayer
+        LayoutLMv2Layer LayoutLMv3Layer LongformerLayer LukeLayer LxmertLayer
         MPNetLayer MarkupLMLayer MaskFormerSwinLayer MegatronBertLayer MobileBertLayer
         MobileViTTransformerLayer MraLayer NystromformerLayer PPDocLayoutV2ReadingOrderLayer
         RemBertLayer RoCBertLayer RoFormerLayer RobertaLayer SEWDLayer SplinterLayer
@@ -352,4 +372,8 @@ RULES: dict[str, Rule] = {
     **{name: rule for rule, names in _CLASSES.items() for name in names.split()},
     **{name: _refuse(why) for why, names in _REFUSED.items() for name in names.split()},
     "BloomMLP": _bloom,
+    "LiltLayer": _lilt,
+    "Blip2QFormerLayer": _query_former,
+    "InstructBlipQFormerLayer": _query_former,
+    "InstructBlipVideoQFormerLayer": _query_former,
 }

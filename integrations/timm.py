@@ -1,14 +1,18 @@
-"""Feed-forward blocks of timm's models, recognised by their classes' names.
+"""timm: which modules are feed-forward blocks, and how converted models are saved and loaded.
 
 Importing this module does not import timm.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ecomoe.convert import rebuild
 from ecomoe.sites import Parts, Refused, Rule, Site, class_rule
 
 # Places where timm's FFN classes do another work: mixing tokens or positions, gating channels,
@@ -26,7 +30,10 @@ OTHER_PLACES = {
 }
 
 
-def recognise(name: str, module: nn.Module) -> Site | None:
+Sites = Site | tuple[Site, ...] | None
+
+
+def recognise(name: str, module: nn.Module) -> Sites:
     """Return how a layer takes the place of ``module``, or ``None`` where it is no FFN.
 
     Args:
@@ -43,7 +50,7 @@ def recognise(name: str, module: nn.Module) -> Site | None:
 
 
 def _refuse(reason: str) -> Rule:
-    def rule(module: Any) -> Site | None:
+    def rule(module: Any) -> Sites:
         raise Refused(reason)
 
     return rule
@@ -63,7 +70,7 @@ def _convs(first: str, norm: str, act: str, last: str, *, dropout: str | None = 
     return Parts(up=first, act=(norm, act), down=last, dropout=dropout, seat=first, emptied=emptied)
 
 
-def _glu_mlp(m: Any) -> Site | None:
+def _glu_mlp(m: Any) -> Sites:
     return Parts(
         up="fc1",
         packed="gate last" if m.gate_last else "gate first",
@@ -75,19 +82,19 @@ def _glu_mlp(m: Any) -> Site | None:
     )(m)
 
 
-def _conv_mlp_with_norm(m: Any) -> Site | None:
+def _conv_mlp_with_norm(m: Any) -> Sites:
     if m.drop.p:
         raise Refused(f"its dropout of {m.drop.p} follows a norm of the output; set it to 0 first")
     return _convs("fc1", "norm1", "act", "fc2")(m)
 
 
-def _conv_mlp_with_mid(m: Any) -> Site | None:
+def _conv_mlp_with_mid(m: Any) -> Sites:
     if isinstance(m.mid, nn.Identity):
         return _convs("fc1.conv", "fc1.bn", "drop1", "fc2.conv")(m)
     return Parts(down="fc2.conv", seat="fc2.conv")(m)
 
 
-def _spatial_mlp(m: Any) -> Site | None:
+def _spatial_mlp(m: Any) -> Sites:
     if m.conv2 is not None:
         raise Refused("its second convolution spans several pixels")
     return Parts(up="conv1", act="act1", down="conv3", dropout="drop1", output_dropout="drop3")(m)
@@ -96,7 +103,7 @@ def _spatial_mlp(m: Any) -> Site | None:
 def _residual_mlp(path: str) -> Rule:
     """Return the rule for a sequence of norm, linear map, activation, linear map, dropout."""
 
-    def rule(m: Any) -> Site | None:
+    def rule(m: Any) -> Sites:
         if isinstance(m.get_submodule(path.partition(".")[0]), nn.Identity):
             return None
         first, act, last = (f"{path}.{i}" for i in (1, 2, 3))
@@ -105,7 +112,7 @@ def _residual_mlp(path: str) -> Rule:
     return rule
 
 
-def _gemma4_mlp(m: Any) -> Site | None:
+def _gemma4_mlp(m: Any) -> Sites:
     if m.gate_proj.use_clipped:
         raise Refused("its linear maps clamp their inputs and outputs")
     return Parts(
@@ -211,3 +218,109 @@ RULES: dict[str, Rule] = {
         output_dropout="drop2",
     ),
 }
+
+
+# Round trips. timm builds a model from the name of a registered function and its arguments, which
+# it saves in config.json. A converted model is saved under the name of a function that builds the
+# original model and puts the layers into it; without ecomoe timm does not know that name.
+
+
+def remember(model: Any, record: Mapping[str, Any]) -> None:
+    """Enter a conversion in what timm saves of a model.
+
+    Args:
+        model: A model of ``timm.create_model``; others, which timm cannot save, are left alone.
+        record: The conversion; see `ecomoe.convert.rebuild`.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict) or "architecture" not in config:
+        return
+    arguments = dict(getattr(model, "_model_args", {}))
+    records = [*arguments.get("ecomoe_records", ()), dict(record)]
+    base = arguments.get("ecomoe_base", config["architecture"])
+    model._model_args = {**arguments, "ecomoe_base": base, "ecomoe_records": records}
+    model.pretrained_cfg = model.default_cfg = {**config, "architecture": ecomoe_converted.__name__}
+
+
+def ecomoe_converted(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    ecomoe_base: str = "",
+    ecomoe_records: Sequence[Mapping[str, Any]] = (),
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a timm model and put EcoMoE layers into it: an entry of timm's registry.
+
+    Args:
+        pretrained: Whether to load the weights that ``pretrained_cfg`` points to.
+        pretrained_cfg: timm's description of the saved model.
+        pretrained_cfg_overlay: As for `timm.create_model`.
+        cache_dir: As for `timm.create_model`.
+        ecomoe_base: Name of the model that was converted.
+        ecomoe_records: How; see `ecomoe.convert.rebuild`.
+        **kwargs: Arguments of that model.
+
+    Raises:
+        ValueError: It is called by hand.
+    """
+    import timm
+
+    if not ecomoe_base:
+        raise ValueError(
+            "ecomoe_base='' must name the model that was converted; this entry only loads saved "
+            "models: create the model by its own name and call ecomoe.convert"
+        )
+    kwargs.pop("pretrained_model_args", None)
+    config = None if pretrained_cfg is None else dict(pretrained_cfg, architecture=ecomoe_base)
+    model: Any = timm.create_model(
+        ecomoe_base,
+        pretrained_cfg=config,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    rebuild(model, ecomoe_records)
+    for record in ecomoe_records:
+        remember(model, record)
+    if pretrained:
+        timm.models.load_pretrained(
+            model,
+            pretrained_cfg=model.pretrained_cfg,
+            num_classes=model.num_classes,
+            in_chans=kwargs.get("in_chans", 3),
+        )
+    result: nn.Module = model
+    return result
+
+
+def register(models: Any) -> None:
+    """Let `timm.create_model` load converted models.
+
+    Args:
+        models: The module ``timm.models``.
+    """
+    models.register_model(ecomoe_converted)
+
+
+def load(directory: Any) -> nn.Module:
+    """Load a converted model that ``timm.models.save_for_hf`` wrote, in evaluation mode.
+
+    Raises:
+        ValueError: The directory holds no converted model, or no safetensors.
+    """
+    import timm
+
+    path = Path(directory)
+    name = json.loads((path / "config.json").read_text())["architecture"]
+    if name != ecomoe_converted.__name__:
+        raise ValueError(
+            f"{directory} holds a {name} without EcoMoE layers; load it with timm and convert it"
+        )
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(
+            f"{directory} holds no model.safetensors; save with safe_serialization=True"
+        )
+    model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return model.eval()

@@ -25,6 +25,7 @@ LAYERS = [
     {"upcycle"},
     {"sites"},
     {"convert", "schedule"},
+    {"loading"},
     {"ecology"},
     {"ecology.statistics"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
