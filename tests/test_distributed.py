@@ -1,0 +1,177 @@
+"""Two ranks against one process that has all their tokens: outputs, losses and every gradient."""
+
+import pytest
+import torch
+from parallel import (
+    EVERY_LOSS,
+    Case,
+    run_compiled,
+    run_copies,
+    run_ddp,
+    run_evaluation,
+    run_experts,
+    run_fsdp,
+    run_fsdp_alone,
+    run_grid,
+    run_layer,
+    run_mixed_precision,
+    run_replication,
+    run_state_dict,
+    run_steps,
+    run_wrong_use,
+)
+from ranks import Ranks
+from torch import distributed
+
+import ecomoe
+from ecomoe.distributed import reduce_losses
+
+# Errors are relative to the largest magnitude of a tensor. What differs from one process is the
+# order of sums: a few fp32 roundings, 2^-24 each. In bf16 (2^-8 each) a gradient is a sum of two
+# ranks' roundings instead of one.
+FP32 = 8e-7
+BF16 = 4 * 2**-8
+
+TOKENS = [(7, 7), (5, 9), (14, 0)]
+WAYS = pytest.mark.parametrize("relay", [False, True], ids=["explicit", "relay"])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@WAYS
+@pytest.mark.parametrize("tokens", TOKENS)
+class TestAgainstOneProcess:
+    @pytest.mark.parametrize(
+        "options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str
+    )
+    def test_ddp(self, ranks, relay, tokens, options):
+        assert max(ranks.run(run_ddp, Case(tokens=tokens, relay=relay), options)) < FP32
+
+    @pytest.mark.parametrize("how", ["root", "blocks", "layers", "routers", "experts"])
+    def test_fsdp(self, ranks, relay, tokens, how):
+        assert max(ranks.run(run_fsdp, Case(tokens=tokens, relay=relay), how, {})) < FP32
+
+    @pytest.mark.parametrize("how", [None, "ddp", "fsdp"])
+    def test_expert_parallel(self, ranks, relay, tokens, how):
+        assert max(ranks.run(run_experts, Case(tokens=tokens, relay=relay), how)) < FP32
+
+
+class TestExpertParallel:
+    @pytest.mark.parametrize("idle", [(1,), (0, 1), (2, 3)])
+    def test_experts_without_tokens(self, ranks, idle):
+        assert max(ranks.run(run_experts, Case(idle=idle), None)) < FP32
+
+    def test_ranks_whose_tokens_choose_different_experts(self, ranks):
+        # One token a rank: at most two of four experts are chosen on each.
+        assert max(ranks.run(run_experts, Case(tokens=(1, 1)), None)) < FP32
+
+    def test_bf16(self, ranks):
+        case = Case(dtype=torch.bfloat16)
+        assert max(ranks.run(run_experts, case, None)) < BF16
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing(self, ranks, reentrant):
+        case = Case(relay=True, checkpointing=reentrant)
+        assert max(ranks.run(run_experts, case, None)) < FP32
+
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize(
+        ("arguments", "classes"),
+        [
+            ({"d_hidden": 6, "gated": True, "bias": False, "activation": "silu"}, None),
+            ({"d_hidden": 6, "top_k": 1, "hidden_norm": torch.nn.LayerNorm(6)}, None),
+            ({"d_hidden": 6, "top_k": 4, "activation": torch.nn.PReLU()}, None),
+            ({"num_classes": 3, "oracle_weight": 1.0}, 3),
+            ({"d_hidden": 6, "num_classes": 3, "oracle_weight": 1.0}, 3),
+        ],
+        ids=["gated", "norm", "activation", "heads", "hidden heads"],
+    )
+    def test_kinds_of_experts(self, ranks, arguments, classes, tokens):
+        arguments = {"d_hidden": None, **arguments}
+        assert max(ranks.run(run_layer, arguments, classes, tokens)) < FP32
+
+    def test_evaluation_and_what_hooks_see(self, ranks):
+        for seen, error in ranks.run(run_evaluation):
+            assert seen == {"x": (10, 8), "y": (10, 8), "ends": (4,)}
+            assert error < FP32
+
+    def test_first_rank_gives_the_values(self, ranks):
+        assert all(ranks.run(run_replication))
+
+    def test_state_dict_round_trips(self, ranks, tmp_path):
+        assert all(ranks.run(run_state_dict, str(tmp_path)))
+
+    @pytest.mark.slow
+    def test_beside_data_parallelism(self):
+        ranks = Ranks(4)
+        try:
+            assert max(ranks.run(run_grid, Case(tokens=(3, 5, 0, 6)))) < FP32
+        finally:
+            ranks.stop()
+
+
+class TestReducedLosses:
+    def test_without_it_each_rank_balances_its_own(self, ranks):
+        balance = {"balance_weight": 4.0, "target_e": 1e-3, "strength": 1.0}
+        case = Case(arguments=balance, reduce=False)
+        assert max(ranks.run(run_ddp, case, {})) > 0.01
+        assert max(ranks.run(run_ddp, case._replace(reduce=True), {})) < FP32
+
+    @pytest.mark.slow
+    def test_compiles_to_one_graph(self, ranks):
+        assert max(ranks.run(run_compiled)) < FP32
+
+    def test_copies_share_the_group_and_pickles_have_none(self, ranks):
+        assert ranks.run(run_copies) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("how", ["static", "fsdp", "experts"])
+def test_steps_of_an_optimizer(ranks, how):
+    assert max(ranks.run(run_steps, how)) < 1e-5  # Adam divides by small second moments
+
+
+@pytest.mark.parametrize("how", ["root", "blocks", "routers"])
+def test_auxiliary_loss_alone_under_fsdp(ranks, how):
+    for message in ranks.run(run_fsdp_alone, how, False):
+        assert "add aux_loss(model) to a loss of the model's output" in message
+    assert max(ranks.run(run_fsdp_alone, how, True)) < FP32
+
+
+def test_router_keeps_fp32_as_a_unit_of_its_own(ranks):
+    wide, narrow = torch.float32, torch.bfloat16
+    expected = {"router": wide, "logits": wide, "experts": narrow}
+    assert ranks.run(run_mixed_precision) == [expected, expected]
+
+
+WRONG = {
+    "not a multiple": "num_experts=3 must be a multiple of the mesh's 2 ranks; change tiers",
+    "twice": "experts are sharded already",
+    "two dimensions": r"mesh has 2 dimensions and must have 1; pass one of them, mesh\['ep'\]",
+    "no layer": "Linear holds no EcoMoE layer; convert it first",
+    "no style for it": "Linear is no EcoMoE layer; name the layers themselves",
+    "after DDP": "shard first: DistributedDataParallel",
+    "after FSDP": "shard the experts before fully_shard",
+    "batch norm": "BatchNorm1d among the experts would see one rank's slots alone",
+    "reduced twice": "already reduces its losses; call reduce_losses once",
+    "no losses": "Linear holds no EcoMoE layer",
+    "mesh of losses": r"mesh of 2 dimensions and must have 1; pass one of them, mesh\['dp'\]",
+}
+
+
+def test_wrong_use(ranks):
+    for messages in ranks.run(run_wrong_use):
+        assert messages.keys() == WRONG.keys()
+        for name, message in messages.items():
+            with pytest.raises(ValueError, match=WRONG[name]):
+                raise ValueError(message)
+
+
+def test_reducing_needs_a_process_group():
+    assert not distributed.is_initialized()
+    with pytest.raises(ValueError, match="needs a default process group; launch with torchrun"):
+        reduce_losses(ecomoe.EcoMoE(8, 6, tiers=(4,), **EVERY_LOSS))
