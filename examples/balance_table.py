@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
@@ -37,41 +38,47 @@ def summary(history: list[Record]) -> Record:
     }
 
 
+TITLE = "Mean over seeds ± sd; DEAD is summed over layers, worst of ten evaluations"
+# Heading, key in a run's summary, and form.
+FIGURES = (
+    ("loss", "loss", "{:.4f}"),
+    ("top-1", "top1", "{:.1%}"),
+    ("DEAD top1", "dead.top1", "{:.1f}"),
+    ("DEAD topk", "dead.topk", "{:.1f}"),
+    ("worst top1", "worst.top1", "{:.1f}"),
+    ("worst topk", "worst.topk", "{:.1f}"),
+    ("max-vio", "max_violation", "{:.2f}"),
+    ("NMI", "specialisation", "{:.3f}"),
+    ("nats/living", "information_per_living", "{:.4f}"),
+    ("redundancy", "redundancy", "{:.2f}"),
+    ("seconds", "seconds", "{:.0f}"),
+)
+HEADINGS = ("task", "policy", "seeds", "loss against the best other", *(f[0] for f in FIGURES))
+
+
+def rows(runs: list[Record]) -> Iterator[list[str]]:
+    """Yield the cells of each task and policy, as `HEADINGS` names them."""
+    for task in dict.fromkeys(run["task"] for run in runs):
+        groups: dict[str, list[Record]] = {}
+        for run in runs:
+            if run["task"] == task:
+                groups.setdefault(run["policy"], []).append(run)
+        for name, group in groups.items():
+            figures = [_mean(group, key, form) for _, key, form in FIGURES]
+            yield [task, name, str(len(group)), _not_worse(name, groups), *figures]
+
+
 def table(runs: list[Record]) -> Table:
     """Return the comparison; each figure is a mean over seeds, plus or minus the sample sd."""
-    shown = Table(
-        title="Mean over seeds ± sd; DEAD is summed over layers, worst of ten evaluations"
-    )
-    for heading in (
-        "task", "policy", "seeds", "loss", "top-1", "not worse", "DEAD top1", "DEAD topk",
-        "worst top1", "worst topk", "max-vio", "NMI", "nats/living", "redundancy", "seconds",
-    ):  # fmt: skip
+    shown = Table(title=TITLE)
+    for heading in HEADINGS:
         shown.add_column(heading)
-    tasks = dict.fromkeys(run["task"] for run in runs)
-    for task in tasks:
-        cells: dict[str, list[Record]] = {}
-        for entry in runs:
-            if entry["task"] == task:
-                cells.setdefault(entry["policy"], []).append(entry)
-        for name, group in cells.items():
-            shown.add_row(
-                task,
-                name,
-                str(len(group)),
-                _mean(group, "loss", "{:.4f}"),
-                _mean(group, "top1", "{:.1%}"),
-                _not_worse(name, cells),
-                _mean(group, "dead.top1", "{:.1f}"),
-                _mean(group, "dead.topk", "{:.1f}"),
-                _mean(group, "worst.top1", "{:.1f}"),
-                _mean(group, "worst.topk", "{:.1f}"),
-                _mean(group, "max_violation", "{:.2f}"),
-                _mean(group, "specialisation", "{:.3f}"),
-                _mean(group, "information_per_living", "{:.4f}"),
-                _mean(group, "redundancy", "{:.2f}"),
-                _mean(group, "seconds", "{:.0f}"),
-            )
-        shown.add_section()
+    last = None
+    for cells in rows(runs):
+        if last not in (None, cells[0]):
+            shown.add_section()
+        shown.add_row(*cells)
+        last = cells[0]
     return shown
 
 

@@ -12,6 +12,7 @@ from examples.data import Images
 from examples.experiments.__main__ import main
 from examples.experiments.analysis import auc, bootstrap_auc, equivalence, spread
 from examples.experiments.claims import CLAIMS
+from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
 from examples.experiments.measure import evaluate, mutual_information
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn, rotate
@@ -288,7 +289,8 @@ def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monke
     page, plots = tmp_path / "evidence.md", tmp_path / "report.html"
     main(["evidence", "--results", str(out / "results"), "--to", str(page)])
     text = page.read_text()
-    assert "Not yet run" not in text
+    assert text.count("| **not yet run** |") == 1  # the claim on seeds, run with one
+    assert "| Balance benchmark | `python -m examples.balance_benchmark" in text
     assert text.count("\n| ") > len(CLAIMS)
     for claim in CLAIMS:
         assert f"| {claim.label} | {claim.text} | **" in text
@@ -318,3 +320,21 @@ def test_command_line_lists_and_refuses(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_fit_of_complexity_finds_the_form_it_was_made_of():
+    counts = (2, 5, 10, 40, 100)
+    by_root = fits({count: 0.05 * math.sqrt(count) for count in counts})
+    assert {by_root[0].name, by_root[1].name} == {"sqrt C", "a power of C"}
+    assert by_root[0].error < 1e-9
+    by_log = fits({count: 0.05 * math.log(count) for count in counts})
+    assert by_log[0].name == "log C"
+    assert by_log[0].scale == pytest.approx(0.05)
+
+
+def test_critical_e_is_unknown_where_all_or_none_die():
+    found = critical_e({2: {0.1: 0.0, 1.0: 0.0}, 10: {0.1: 4.0, 1.0: 2.0}})
+    assert found == {2: None, 10: None}
+    assert "too few" in fit_said(found)
+    # One lucky run below a deadly E is no threshold.
+    assert critical_e({5: {0.1: 0.0, 0.2: 3.0, 0.8: 0.0}})[5] == pytest.approx(0.4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 from examples.experiments.analysis import spread
+from examples.experiments.complexity import critical_e, fit_said
 from examples.experiments.figures import (
     by_condition,
     flow,
@@ -124,26 +126,29 @@ def _revival(found: Results) -> Verdict:
 
 
 def _complexity(found: Results) -> Verdict:
-    if "class-count" in found:
-        deaths: dict[int, list[int]] = {}
-        for run in found["class-count"]["runs"]:
-            if run["setting"]["control"]["e"] >= HEALTHY_E:
-                deaths.setdefault(run["data"]["classes"], []).append(_dead(run))
-    else:
-        deaths = {}
-        for run in _runs(found, "low-e", "tiny"):
-            if run["setting"]["control"]["e"] >= HEALTHY_E:
-                deaths.setdefault(run["data"]["classes"], []).append(_dead(run))
-    means = {count: spread([float(d) for d in deaths[count]]).mean for count in sorted(deaths)}
-    why = "mean DEAD top1 at E >= 0.5 by classes: " + ", ".join(
-        f"{count}: {mean:.1f}" for count, mean in means.items()
-    )
-    if len(means) < 2:
-        return Verdict("not yet run", f"{why}; more class counts are needed.")
-    few, many = min(means), max(means)
-    if means[many] > means[few] + 0.5:
-        return Verdict("reproduced", why + ".")
-    return Verdict("refuted", f"{why}: more classes do not mean more deaths here.")
+    names = ("class-count",) if "class-count" in found else ("low-e", "tiny")
+    deaths: dict[int, dict[float, list[float]]] = {}
+    for run in _runs(found, *names):
+        by_e = deaths.setdefault(run["data"]["classes"], {})
+        by_e.setdefault(run["setting"]["control"]["e"], []).append(float(_dead(run)))
+    means = {
+        count: {e: spread(by_e[e]).mean for e in sorted(by_e)}
+        for count, by_e in sorted(deaths.items())
+    }
+    healthy = {
+        count: [mean for e, mean in by_e.items() if e >= HEALTHY_E] for count, by_e in means.items()
+    }
+    healthy = {count: values for count, values in healthy.items() if values}
+    shown = ", ".join(f"{count}: {spread(v).mean:.1f}" for count, v in healthy.items())
+    why = f"mean DEAD top1 at E >= 0.5 by classes: {shown}."
+    if len(healthy) < 2:
+        return Verdict("not yet run", f"{why} More class counts are needed.")
+    if names == ("class-count",):
+        why += " " + fit_said(critical_e(means))
+    few, many = healthy[min(healthy)], healthy[max(healthy)]
+    if spread(many).mean > spread(few).mean + 0.5:
+        return Verdict("reproduced", why)
+    return Verdict("refuted", f"{why} More classes do not mean more deaths here.")
 
 
 def _overfitting(found: Results) -> Verdict:
@@ -309,6 +314,21 @@ def _gradient(found: Results) -> Verdict:
     return Verdict("out of reach" if not any(core) else "refuted", why)
 
 
+def _order(found: Results) -> Verdict:
+    groups = by_condition(found["e-order"])
+    parts, falls = [], []
+    for name, count in (
+        ("living", lambda run: 16.0 - _dead(run)),
+        ("PURE_CORE", lambda run: general(run)["PURE"]),
+    ):
+        means = [spread([count(run) for run in runs]).mean for runs in groups.values()]
+        falls.append(any(after < before for before, after in pairwise(means)))
+        shown = ", ".join(f"{key} {m:.1f}" for key, m in zip(groups, means, strict=True))
+        parts.append(f"mean {name}: {shown}")
+    word = {0: "reproduced", 1: "qualified", 2: "refuted"}[sum(falls)]
+    return Verdict(word, "; ".join(parts) + ".")
+
+
 def _warmup(found: Results) -> Verdict:
     groups = by_condition(found["no-warmup"])
     deaths = {k: spread([float(_dead(r)) for r in runs]).mean for k, runs in groups.items()}
@@ -325,6 +345,7 @@ CLAIMS = (
     ),
     Claim("1b", "E predicts collapse (better than its parts)", ("predicts-collapse",), _ranking),
     Claim("1c", "PURE_CORE rises with E (4.1)", ("phase-map",), _gradient),
+    Claim("1d", "Living and PURE_CORE experts do not fall as E rises", ("e-order",), _order),
     Claim("2", "The same in language: DEAD = 0", ("wikitext2", "wikitext103"), _cross_modal),
     Claim("3", "Dead experts revive, by the balance loss", ("revival", "tiny"), _revival),
     Claim("4", "More classes raise the critical E", ("class-count", "low-e", "tiny"), _complexity),

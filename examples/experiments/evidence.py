@@ -6,8 +6,10 @@ listed as not yet run, with the command that runs it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from examples.balance_table import HEADINGS, TITLE, rows
 from examples.experiments.claims import CLAIMS, Results, Verdict, missing
 from examples.experiments.figures import SPECIAL, by_condition, general, predictions
 from examples.experiments.measure import Record
@@ -37,12 +39,18 @@ the data are far smaller than the paper's; a verdict speaks of the mechanism, no
 def write_evidence(results: Path, to: Path) -> Path:
     """Write the page from the results of a folder."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(evidence(read_results(results)))
+    benchmarks = [json.loads(path.read_text()) for path in sorted(results.glob("balance-*.json"))]
+    to.write_text(evidence(read_results(results), benchmarks))
     return to
 
 
-def evidence(contents: list[Record]) -> str:
-    """Return the page."""
+def evidence(contents: list[Record], benchmarks: list[Record]) -> str:
+    """Return the page.
+
+    Args:
+        contents: Results of experiments.
+        benchmarks: Results of the balance benchmark.
+    """
     # Of one experiment at several scales, the largest counts.
     ranks = list(reversed(SCALES))
     contents = sorted(contents, key=lambda content: ranks.index(content["scale"]))
@@ -56,7 +64,8 @@ def evidence(contents: list[Record]) -> str:
         "## What was run\n",
     ]
     parts += [_section(content) for content in found.values()]
-    parts.append(_not_run(found))
+    parts += [_benchmark(content) for content in benchmarks]
+    parts.append(_not_run(found, benchmarks))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -143,12 +152,29 @@ def _predictions(content: Record) -> str:
     return "\n".join(lines)
 
 
-def _not_run(found: Results) -> str:
+def _benchmark(content: Record) -> str:
+    lines = [
+        "## Balance benchmark\n",
+        f"{TITLE}. Loss is cross-entropy on test data, nats; it is tested for being worse than the "
+        "best other policy's by less than 1 % of it (one-sided Welch test). Images: "
+        f"{content['images']}; text: {content['text']}.",
+        f"\n    {content['command']}\n",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---" * len(HEADINGS) + "|",
+    ]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows(content["runs"])]
+    return "\n".join(lines) + "\n"
+
+
+def _not_run(found: Results, benchmarks: list[Record]) -> str:
     lacking = [entry for name, entry in EXPERIMENTS.items() if name not in found]
-    if not lacking:
+    if not lacking and benchmarks:
         return ""
     lines = ["## Not yet run\n", "| experiment | command |", "|---|---|"]
     for entry in lacking:
         command = f"python -m examples.experiments run {entry.name} --scale small --data DIR"
         lines.append(f"| {entry.title} | `{command}` |")
+    if not benchmarks:
+        command = "python -m examples.balance_benchmark --seeds 3 --data DIR --data TEXT"
+        lines.append(f"| Balance benchmark | `{command}` |")
     return "\n".join(lines) + "\n"

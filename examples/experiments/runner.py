@@ -37,7 +37,13 @@ from examples.experiments.protocol import (
 )
 from examples.experiments.records import Experiment, Scale, Setting
 
-TEST_BATCH = {"vision": 500, "language": 32}
+MAX_LOGITS = 2**26
+
+
+def evaluation_batch(samples: Samples) -> int:
+    """Return how many samples are evaluated at once: their logits must fit in memory."""
+    positions = 1 if samples.kind == "vision" else samples.test[0].shape[1]
+    return max(1, min(500 if positions == 1 else 32, MAX_LOGITS // (positions * samples.classes)))
 
 
 def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
@@ -100,7 +106,7 @@ def run_setting(
     batches = Batches(*samples.train, size=scale.batch[kind], seed=seed, augment=kind == "vision")
     epochs = max(1, round(scale.epochs[kind] * setting.effort))
     total = epochs * batches.per_epoch
-    tests = split(samples.test, TEST_BATCH[kind])
+    tests = split(samples.test, evaluation_batch(samples))
     schedule = Schedule(model, total_steps=total)
     death = ForcedDeath(model, setting.forced_death) if setting.forced_death else None
     percents = setting.percents if setting.percents and scale.name != "smoke" else scale.percents
