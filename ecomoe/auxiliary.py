@@ -97,7 +97,8 @@ class AuxiliarySlot:
             return weights_NK
         if not torch.compiler.is_compiling() and _is_left_over(self._pending):
             self._clear()
-        unread = self._pending is not None and not self._read
+        # By the number of calls, since the compiler warns where it meets an earlier call's tensor.
+        unread = self._num_calls > 0 and not self._read
         stepped = version != self._version or self._num_calls >= MAX_UNREAD_CALLS
         if unread and stepped:
             warnings.warn(_UNREAD, stacklevel=2)
@@ -105,7 +106,7 @@ class AuxiliarySlot:
             self._clear()
         num_tokens = weights_NK.shape[0]
         weighted = loss * num_tokens
-        self._pending = weighted if self._pending is None else self._pending + weighted
+        self._pending = self._pending + weighted if self._num_calls else weighted
         self._num_tokens += num_tokens
         self._num_calls += 1
         self._version = version
@@ -228,13 +229,9 @@ class LossRelay:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin_forward(self) -> None:
-        """Start a new count of tokens, unless the last forward still waits for its backward.
-
-        A forward pass without gradients is none that a backward pass belongs to, and changes
-        nothing.
-        """
+        """Start a new count of tokens, unless the last forward still waits for its backward."""
         self._in_recorded_forward = torch.is_grad_enabled()
-        if not self._spent or not self._in_recorded_forward:
+        if not self._spent:
             return
         for slot in self._slots:
             assert slot.cell is not None

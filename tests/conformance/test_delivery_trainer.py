@@ -1,5 +1,7 @@
 """Under Trainer, the auxiliary gradient is what one big batch would give, whoever owns the loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from delivery import (
@@ -84,6 +86,16 @@ class HalfLossTrainer(RecordingTrainer):
         return (outputs.loss / 2, outputs) if return_outputs else outputs.loss / 2
 
 
+class PartsTrainer(RecordingTrainer):
+    """A subclass that calls parts of the model, never the whole."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model.lm_head(model.transformer(inputs["input_ids"]).last_hidden_state)
+        return half_loss_func(
+            SimpleNamespace(logits=outputs), inputs["labels"], num_items_in_batch=num_items_in_batch
+        )
+
+
 class ScaledTrainer(RecordingTrainer):
     """A trainer with fp16's loss scaling."""
 
@@ -106,6 +118,7 @@ OWNERS = {
     "label smoother": (RecordingTrainer, {"label_smoothing_factor": 0.1}, {}, smoothed_loss, 1.0),
     "function": (RecordingTrainer, {}, {"compute_loss_func": half_loss_func}, half_loss, 1.0),
     "subclass": (HalfLossTrainer, {}, {}, half_loss, 1.0),
+    "subclass, by parts": (PartsTrainer, {}, {}, half_loss, 1.0),
     "scaler": (ScaledTrainer, {}, {}, language_loss, 1024.0),
 }
 
