@@ -124,7 +124,8 @@ def test_accuracy_is_that_of_the_tokens_first_choice():
         expected = mine.double().mean().item() if len(mine) else None
         assert layer["accuracy"][expert] == pytest.approx(expected, rel=1e-5)
     correct = (outputs.argmax(-1) == y).double().mean().item()
-    assert report["metrics"] == {"accuracy": correct, "judged": 8}
+    loss = F.cross_entropy(outputs, y).item()
+    assert report["metrics"] == {"accuracy": correct, "judged": 8, "loss": pytest.approx(loss)}
 
 
 def test_experts_with_heads_are_judged_by_their_own_prediction():

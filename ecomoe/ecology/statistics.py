@@ -309,12 +309,14 @@ class Outcomes(NamedTuple):
         correct_M: Whether the most probable class is the true one.
         confidence_M: The highest class probability, shares of 1.
         valid_M: Whether there is a true class.
+        losses_M: Cross-entropies, nats, fp32; 0 where there is no true class.
     """
 
     targets_M: Tensor
     correct_M: Tensor
     confidence_M: Tensor
     valid_M: Tensor
+    losses_M: Tensor
 
 
 def outcomes_of(
@@ -348,11 +350,15 @@ def outcomes_of(
     if shift:
         nothing = torch.full_like(targets[..., :1], ignore_index)
         targets = torch.cat([targets[..., 1:], nothing], dim=-1)
-    highest, predicted = outputs.float().max(-1)
-    confidence = (highest - outputs.float().logsumexp(-1)).exp()
+    valid = targets != ignore_index
+    logits = outputs.float()
+    highest, predicted = logits.max(-1)
+    total = logits.logsumexp(-1)
+    true = logits.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1)).squeeze(-1)
     return Outcomes(
         targets.reshape(-1),
         (predicted == targets).reshape(-1),
-        confidence.reshape(-1),
-        (targets != ignore_index).reshape(-1),
+        (highest - total).exp().reshape(-1),
+        valid.reshape(-1),
+        torch.where(valid, total - true, 0.0).reshape(-1),
     )

@@ -285,7 +285,7 @@ class LayerTap:
         for first_N, predicted_N, valid_N in fits:
             repeats = first_N.shape[0] // num_outcomes
             targets_N, correct_N, confidence_N, known_N = (
-                values_M.to(first_N.device).repeat_interleave(repeats) for values_M in outcomes
+                values_M.to(first_N.device).repeat_interleave(repeats) for values_M in outcomes[:4]
             )
             if predicted_N is not None:
                 correct_N = predicted_N == targets_N

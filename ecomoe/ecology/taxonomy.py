@@ -45,6 +45,14 @@ class Thresholds:
         interval_z: Half width of reported intervals, standard deviations; 1.96 for 95 %.
         event_z: The same for events, which are tested for every expert at every report.
         revival_ratio: Usage over ``dead_usage`` at which a dead expert has come back.
+        tier_collapse_share: Usage below which a tier has collapsed.
+        tier_recovery_share: Usage from which a collapsed tier has recovered.
+        router_collapse_share: Share of the slots that reaches any but the K busiest experts, below
+            which the router has collapsed; it recovers at twice that.
+        lockdown_flip_rate: Share of tokens whose experts flip under noise, below which the router
+            is locked; it is released at twice that.
+        overfitting_rise: Relative rise of the evaluation loss over its best that counts as worse.
+        overfitting_reports: Evaluations worse than that, since the best, that make an onset.
     """
 
     core_usage: float = 0.03
@@ -59,13 +67,20 @@ class Thresholds:
     interval_z: float = 1.96
     event_z: float = 4.0
     revival_ratio: float = 1.25
+    tier_collapse_share: float = 0.03
+    tier_recovery_share: float = 0.05
+    router_collapse_share: float = 0.05
+    lockdown_flip_rate: float = 0.05
+    overfitting_rise: float = 0.02
+    overfitting_reports: int = 3
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "relative":
                 continue
-            high = 1.0 if field.name not in ("interval_z", "event_z", "revival_ratio") else None
+            unbounded = ("interval_z", "event_z", "revival_ratio", "overfitting_reports")
+            high = None if field.name in unbounded else 1.0
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not value >= 0 or (high is not None and value > high):
                 rule = "a share in [0, 1]" if high else "a number >= 0"
@@ -73,6 +88,11 @@ class Thresholds:
         if self.dead_usage > self.core_usage:
             raise ValueError(
                 f"dead_usage={self.dead_usage} must be <= core_usage={self.core_usage}; lower it"
+            )
+        if self.tier_collapse_share > self.tier_recovery_share:
+            raise ValueError(
+                f"tier_collapse_share={self.tier_collapse_share} must be <= "
+                f"tier_recovery_share={self.tier_recovery_share}; lower it"
             )
         if self.broad_accuracy > self.pure_accuracy:
             raise ValueError(

@@ -133,9 +133,11 @@ class Watch:
     def _metrics(self) -> Record:
         if not self._outcomes:
             return {}
-        correct, judged = torch.stack(self._outcomes).sum(0).tolist()
+        correct, judged, losses = torch.stack(self._outcomes).sum(0).tolist()
         self._outcomes.clear()
-        return {"accuracy": correct / judged if judged else None, "judged": judged}
+        if not judged:
+            return {}
+        return {"accuracy": correct / judged, "loss": losses / judged, "judged": int(judged)}
 
     def evaluate(self, outcomes: Outcomes) -> None:
         """Count the outcomes of the evaluation pass just done; the first call for a pass counts."""
@@ -149,8 +151,9 @@ class Watch:
                 easy_above=self.thresholds.easy_confidence,
                 hard_below=self.thresholds.hard_confidence,
             )
-        valid_M = outcomes.valid_M
-        self._outcomes.append(torch.stack([(outcomes.correct_M & valid_M).sum(), valid_M.sum()]))
+        wide = statistics.wide_dtype(outcomes.valid_M.device)
+        sums = (outcomes.correct_M & outcomes.valid_M, outcomes.valid_M, outcomes.losses_M)
+        self._outcomes.append(torch.stack([values_M.to(wide).sum() for values_M in sums]))
         if not matched:
             self._warn(
                 "match",
