@@ -14,6 +14,7 @@ from examples.experiments.analysis import auc, bootstrap_auc, equivalence, sprea
 from examples.experiments.claims import CLAIMS
 from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
+from examples.experiments.figures import revival
 from examples.experiments.measure import evaluate, mutual_information
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn, rotate
 from examples.experiments.protocol import Batches, ForcedDeath, moved, steps_at, two_rates
@@ -338,3 +339,19 @@ def test_critical_e_is_unknown_where_all_or_none_die():
     assert "too few" in fit_said(found)
     # One lucky run below a deadly E is no threshold.
     assert critical_e({5: {0.1: 0.0, 0.2: 3.0, 0.8: 0.0}})[5] == pytest.approx(0.4)
+
+
+def test_a_revival_that_does_not_last_is_none():
+    def run(*usages):
+        history = [
+            {"percent": 40 + 10 * index, "layers": [{"usage": [usage]}]}
+            for index, usage in enumerate(usages)
+        ]
+        events = [{"kind": "revival", "expert": 0, "step": 60}]
+        setting = {"forced_death": (0.3, 0.5)}
+        return {"setting": setting, "history": history, "events": events, "steps": 100}
+
+    lasting = revival(run(0.0, 0.0, 0.02, 0.0, 0.02, 0.05))
+    assert lasting["revived after, % of training"] == 30
+    assert lasting["revival reported by the monitor"] == 1
+    assert revival(run(0.0, 0.0, 0.02, 0.0))["revived after, % of training"] == float("inf")

@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--results", type=Path, help="folder of JSON results; your own, else those that came along"
     )
     report.add_argument("--html", type=Path, default=OUT / "report.html")
+    report.add_argument(
+        "--light", action="store_true", help="plots load plotly.js from the network"
+    )
     evidence = commands.add_parser("evidence", help="write docs/evidence.md from results")
     evidence.add_argument("--results", type=Path, default=COMMITTED)
     evidence.add_argument("--to", type=Path, default=Path("docs/evidence.md"))
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{folder} holds no results; run an experiment first")
         for table in report_tables(results):
             console.print(table)
-        console.print(f"plots: {write_html(results, options.html)}")
+        console.print(f"plots: {write_html(results, options.html, light=options.light)}")
     else:
         from examples.experiments.evidence import write_evidence
 

@@ -131,13 +131,18 @@ def window(run: Record) -> dict[str, float]:
 def revival(run: Record) -> dict[str, float]:
     """Return how long a forced death outlasted its release, in hundredths of the training.
 
-    ``inf`` where the expert is still dead at the end. Alive is a usage of 1 % of first choices.
+    It is over at the first report from which on the expert has 1 % of first choices at every one;
+    ``inf`` where it is dead at the end.
     """
     _, release = run["setting"]["forced_death"]
     usages = [(r["percent"], r["layers"][0]["usage"][0]) for r in run["history"]]
     held = [usage for percent, usage in usages if percent <= 100 * release + 1e-6]
     after = [(p, usage) for p, usage in usages if p > 100 * release + 1e-6]
-    alive = next((percent for percent, usage in after if usage >= 0.01), float("inf"))
+    alive = float("inf")
+    for percent, usage in reversed(after):
+        if usage < 0.01:
+            break
+        alive = percent
     reported = [
         event["kind"] == "revival"
         and event["expert"] == 0

@@ -21,6 +21,8 @@ from examples.experiments.figures import (
 )
 from examples.experiments.measure import Record
 
+MOST_SIDE_BY_SIDE = 6
+
 
 def read_results(folder: Path) -> list[Record]:
     """Return the experiments' results of a folder, in order of their names."""
@@ -53,12 +55,23 @@ def report_tables(results: list[Record]) -> Iterator[Table]:
             for name, group in by_condition(result).items()
         }
         columns = list(dict.fromkeys(key for row in rows.values() for f in row for key in f))
-        table = Table(title=title, caption=f"The paper: {result['claim']}")
-        for heading in ("condition", "seeds", *columns):
-            table.add_column(heading)
-        for name, group in rows.items():
-            cells = [plus_minus([f[key] for f in group if key in f]) for key in columns]
-            table.add_row(name, str(len(group)), *cells)
+        cells = {
+            name: [plus_minus([f[key] for f in group if key in f]) for key in columns]
+            for name, group in rows.items()
+        }
+        said = "The paper" if result["paper"] else "Asked"
+        table = Table(title=title, caption=f"{said}: {result['claim']}")
+        if len(rows) <= MOST_SIDE_BY_SIDE:
+            for heading in ("", *rows):
+                table.add_column(heading)
+            table.add_row("seeds", *(str(len(group)) for group in rows.values()))
+            for index, key in enumerate(columns):
+                table.add_row(key, *(cells[name][index] for name in rows))
+        else:
+            for heading in ("condition", "seeds", *columns):
+                table.add_column(heading)
+            for name, group in rows.items():
+                table.add_row(name, str(len(group)), *cells[name])
         yield table
 
 
@@ -144,12 +157,20 @@ def _tier_plot(groups: dict[str, list[Record]]) -> Any:
     return figure
 
 
-def write_html(results: list[Record], path: Path) -> Path:
-    """Write all plots into one HTML file that needs no network."""
+def write_html(results: list[Record], path: Path, *, light: bool = False) -> Path:
+    """Write all plots into one HTML file.
+
+    Args:
+        results: Of the experiments.
+        path: The file.
+        light: Leave the plotting library out (5 MB); the file then needs a network to be read.
+    """
+    library = "cdn" if light else True
     parts = ["<!doctype html><meta charset='utf-8'><title>Experiments</title><h1>Experiments</h1>"]
     for index, (title, figure) in enumerate(plots(results)):
         parts.append(f"<h2>{html.escape(title)}</h2>")
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=index == 0))
+        script = library if index == 0 else False
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=script))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts))
     return path
