@@ -11,7 +11,6 @@ def write(path, records):
     sink = JsonlSink(path)
     for record in records:
         sink.write(record)
-    sink.close()
 
 
 def test_records_come_back(tmp_path):
@@ -38,7 +37,6 @@ def test_each_record_is_flushed(tmp_path):
     sink = JsonlSink(path)
     sink.write(RECORDS[0])
     assert list(read_records(path)) == RECORDS[:1]
-    sink.close()
 
 
 def test_rewinding(tmp_path):
@@ -48,7 +46,6 @@ def test_rewinding(tmp_path):
         sink.write(record)
     sink.rewind(2)
     sink.write(RECORDS[3])
-    sink.close()
     assert list(read_records(path)) == [RECORDS[0], RECORDS[1], RECORDS[3]]
 
 

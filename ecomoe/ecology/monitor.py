@@ -48,6 +48,10 @@ class Monitor:
     is kept, except that after an evaluation pass each layer's first choices stay until
     `evaluate`, or the next pass.
 
+    A Trainer tells its callbacks nothing of an exception, such as Ctrl-C, that ends its run. Then
+    `close` takes the hooks off; so does training again, or leaving a ``with Monitor() as monitor:``
+    block around it.
+
     An error inside the monitor is reported once, as a warning; the monitor then stops watching and
     the training goes on, schedule included.
 
@@ -191,7 +195,7 @@ class Monitor:
         finally:
             if self._step_hook is not None:
                 self._step_hook.remove()
-            for part in (self._watch, self._schedule, self._session, self._recorder.sink):
+            for part in (self._watch, self._schedule, self._session):
                 if part is not None:
                     part.close()
             self._step_hook = self._watch = self._schedule = self._session = None

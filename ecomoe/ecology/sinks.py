@@ -12,9 +12,10 @@ Record = dict[str, Any]
 
 
 class JsonlSink:
-    """Appends one record a line and flushes it, so that a killed run keeps all but the last line.
+    """Appends one record a line; a killed run keeps all lines but the one that it was writing.
 
-    A torn last line, left by an earlier kill, is cut off before the first record is written.
+    A torn last line, left by an earlier kill, is cut off first. The file is open only while a
+    record is written, so a run that ends in an exception leaves nothing open.
 
     Args:
         path: The file; folders are made as needed.
@@ -23,12 +24,7 @@ class JsonlSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_torn_line()
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
+        self.path.touch()
         content = self.path.read_bytes()
         kept = content.rfind(b"\n") + 1
         if kept < len(content):
@@ -36,21 +32,17 @@ class JsonlSink:
 
     def write(self, record: Record) -> None:
         """Append a record."""
-        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
 
     def rewind(self, num_records: int) -> None:
         """Drop all but the first records: a run that resumes writes the later ones again."""
-        self._file.flush()
         kept = 0
         with self.path.open("rb") as lines:
             for _, line in zip(range(num_records), lines, strict=False):
                 kept += len(line)
         os.truncate(self.path, kept)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:

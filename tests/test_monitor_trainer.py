@@ -1,0 +1,169 @@
+"""The monitor as a callback of transformers' Trainer."""
+
+import json
+
+import pytest
+import torch
+
+import ecomoe
+from ecomoe.ecology.sinks import read_records
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.*:DeprecationWarning")
+
+LENGTH, REAL, SIZE = 16, 10, 48
+
+
+def make_model(num_labels=None):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=SIZE, n_positions=LENGTH, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    for block in model.transformer.h:
+        block.mlp = ecomoe.EcoMoE(16, 32, tiers=(2, 2))
+    return model
+
+
+def make_data(num=32):
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(num):
+        ids = torch.randint(1, SIZE, (LENGTH,), generator=generator)
+        mask = torch.arange(LENGTH) < REAL
+        labels = torch.where(mask, ids, -100)
+        data.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return data
+
+
+def make_trainer(folder, callbacks, **options):
+    from transformers import Trainer, TrainingArguments
+
+    settings = {
+        "max_steps": 8, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4,
+        "save_strategy": "no", "per_device_train_batch_size": 4, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 4, "seed": 1,
+    } | options  # fmt: skip
+    return Trainer(
+        make_model(),
+        TrainingArguments(str(folder), **settings),
+        train_dataset=make_data(),
+        eval_dataset=make_data(8),
+        callbacks=callbacks,
+    )
+
+
+def hooks_of(model):
+    return [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+def test_records_logs_and_report(tmp_path, capsys):
+    log = tmp_path / "run.jsonl"
+    monitor = ecomoe.Monitor(log=log)
+    trainer = make_trainer(tmp_path / "out", [monitor])
+    trainer.train()
+    records = list(read_records(log))
+    assert [(r["step"], r["phase"]) for r in records] == [
+        (2, "train"), (4, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval"),
+    ]  # fmt: skip
+    for record in records:
+        calls = {"train": 2 * 2 * 4, "eval": 8}[record["phase"]]
+        for layer in record["layers"]:
+            assert layer["num_tokens"] == calls * REAL
+            assert layer["padding"] == calls * (LENGTH - REAL)
+            assert (layer["accuracy"] is None) == (record["phase"] == "train")
+    assert records[-1]["metrics"]["judged"] == 8 * (REAL - 1)
+    eval_log = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    # The Trainer divides by all labels, though the first of each sequence is never predicted.
+    expected = eval_log["eval_loss"] * REAL / (REAL - 1)
+    assert records[-1]["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert eval_log["eval_ecology/dead_top1"] == records[-1]["dead"]["top1"]
+    train_log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert train_log["ecology/e_now"] == pytest.approx(records[-1]["control"]["e_now"])
+    assert 8 <= sum(key.startswith("ecology/") for key in train_log) <= 12
+    assert records[-1]["progress"] == 1.0
+    assert "tiers 2:2" in capsys.readouterr().out
+    assert not hooks_of(trainer.model)
+
+
+def test_values_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(
+        tmp_path, [ecomoe.Monitor(view="off")], report_to="tensorboard", max_steps=4
+    )
+    trainer.train()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.*")}
+    tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+    assert "train/ecology/dead_top1" in tags
+    assert "eval/ecology/dead_top1" in tags
+
+
+def test_training_is_bit_equal_with_a_broken_monitor(tmp_path, monkeypatch):
+    monitored = make_trainer(tmp_path / "a", [ecomoe.Monitor(view="off")])
+    monitored.train()
+    monkeypatch.setattr("ecomoe.ecology.taps.LayerTap.observe", lambda *args, **kwargs: 1 / 0)
+    broken = make_trainer(tmp_path / "b", [ecomoe.Monitor(view="off")])
+    with pytest.warns(UserWarning, match="ZeroDivisionError") as told:
+        broken.train()
+    assert sum("ZeroDivisionError" in str(warning.message) for warning in told) == 1
+    for name, value in monitored.model.state_dict().items():
+        assert torch.equal(value, broken.model.state_dict()[name]), name
+
+
+def test_resuming_gives_the_same_history(tmp_path):
+    def run(name, *, stop=None, resume=None):
+        log = tmp_path / f"{name}.jsonl"
+        monitor = ecomoe.Monitor(log=log, view="off")
+        trainer = make_trainer(tmp_path / name, [monitor], save_strategy="steps", save_steps=3)
+        if stop is not None:
+
+            class Stop(RuntimeError):
+                pass
+
+            def fail(*args, **kwargs):
+                if trainer.state.global_step == stop:
+                    raise Stop
+                return original(*args, **kwargs)
+
+            original, trainer.training_step = trainer.training_step, fail
+            with pytest.raises(Stop):
+                trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=resume)
+        return list(read_records(log))
+
+    whole = run("whole")
+    partial = run("parts", stop=5)
+    assert partial
+    resumed = run("parts", resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert json.dumps(resumed) == json.dumps(whole)
+
+
+def test_evaluation_alone_needs_no_training(tmp_path):
+    trainer = make_trainer(tmp_path, [ecomoe.Monitor(view="off")])
+    trainer.evaluate()  # nothing is attached, nothing breaks
+
+
+def test_model_of_transformers_without_ecomoe_layers(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    trainer = make_trainer(tmp_path, [monitor := ecomoe.Monitor(view="off")], max_steps=2)
+    torch.manual_seed(0)
+    trainer.model = trainer.model_wrapped = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, vocab_size=SIZE, num_local_experts=4, use_cache=False,
+        )
+    )  # fmt: skip
+    trainer.callback_handler.model = trainer.model
+    trainer.train()
+    (layer,) = monitor.report("train").to_dict()["layers"]
+    assert layer["name"] == "model.layers.0.mlp"
+    assert layer["num_tokens"] == 2 * 2 * 4 * REAL
+    assert layer["control"] is None
+    assert layer["verified"] is True
