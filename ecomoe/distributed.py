@@ -127,6 +127,34 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of ``model`` so that their common norm is at most ``max_norm``.
+
+    As `torch.nn.utils.clip_grad_norm_`, which takes either plain parameters or those of one mesh:
+    here every gradient counts once, sharded experts on whichever rank they are.
+
+    Args:
+        model: Any module, after ``backward()``; its replicated gradients must have been averaged.
+        max_norm: The largest norm allowed, 2-norm, > 0.
+
+    Returns:
+        The norm before, a scalar.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    norms = []
+    for parameters in groups.values():
+        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    for parameters in groups.values():
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total
+
+
 class ShardedExpertLinear(ExpertLinear):
     """An `ExpertLinear` of which each rank computes its own experts; made by `ExpertParallel`."""
 

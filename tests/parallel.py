@@ -29,6 +29,7 @@ import ecomoe
 from ecomoe.auxiliary import LossRelay
 from ecomoe.distributed import (
     ExpertParallel,
+    clip_grad_norm,
     expert_parameters,
     parallelize_experts,
     reduce_losses,
@@ -240,6 +241,28 @@ def run_steps(how):
             optimizer.step()
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     return max(relative(ours.detach(), theirs.detach()) for ours, theirs in pairs)
+
+
+def run_clipping(how):
+    """Clip to half the norm; return the errors of the norm and of the gradients after."""
+    case = Case()
+    alone = build(case)
+    model = parallelize_experts(copy.deepcopy(alone), mesh())
+    if how == "fsdp":
+        fully_shard(model, ignored_params=set(expert_parameters(model)))
+    else:
+        model = DistributedDataParallel(model)
+    reduce_losses(model)
+    x = batch(case)
+    mine = x.split(case.tokens)[distributed.get_rank()]
+    backward(case, model, mine, num_tokens=len(x), factor=distributed.get_world_size())
+    backward(case, alone, x, num_tokens=len(x))
+    half = 0.5 * nn.utils.get_total_norm(p.grad for p in alone.parameters()).item()
+    expected = nn.utils.clip_grad_norm_(alone.parameters(), half)
+    errors = [relative(clip_grad_norm(model, half), expected)]
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        errors.append(relative(ours.grad, theirs.grad))
+    return max(errors)
 
 
 def run_fsdp_alone(how, zero_output):

@@ -5,6 +5,7 @@ import torch
 from parallel import (
     EVERY_LOSS,
     Case,
+    run_clipping,
     run_compiled,
     run_copies,
     run_ddp,
@@ -133,6 +134,11 @@ class TestReducedLosses:
 @pytest.mark.parametrize("how", ["static", "fsdp", "experts"])
 def test_steps_of_an_optimizer(ranks, how):
     assert max(ranks.run(run_steps, how)) < 1e-5  # Adam divides by small second moments
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_clipping_the_common_norm(ranks, how):
+    assert max(ranks.run(run_clipping, how)) < FP32
 
 
 @pytest.mark.parametrize("how", ["root", "blocks", "routers"])
