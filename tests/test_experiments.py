@@ -23,6 +23,7 @@ from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.runner import build_model, run_experiment, run_folder, run_setting
 
 SMOKE = SCALES["smoke"]
+MOST = 6  # conditions of an entry; all but the two largest have fewer
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,18 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
+def smoke(entry, library, out):
+    return run_experiment(
+        entry, SMOKE, library, seeds=1, out=out, results=out / "results", conditions=MOST
+    )
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_entry_runs(name, library, out):
     entry = EXPERIMENTS[name]
-    path = run_experiment(entry, SMOKE, library, seeds=1, out=out, results=out / "results")
+    path = smoke(entry, library, out)
     content = json.loads(path.read_text())
-    assert [run["name"] for run in content["runs"]] == [s.name for s in entry.settings]
+    assert [run["name"] for run in content["runs"]] == [s.name for s in entry.settings][:MOST]
     for run in content["runs"]:
         assert math.isfinite(run["final"]["loss"])
         assert run["history"][-1]["percent"] == 100
@@ -285,12 +292,14 @@ def test_spread_and_equivalence():
 
 def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monkeypatch):
     for name in EXPERIMENTS:
-        run_experiment(EXPERIMENTS[name], SMOKE, library, seeds=1, out=out, results=out / "results")
+        smoke(EXPERIMENTS[name], library, out)
     monkeypatch.setenv("COLUMNS", "200")
     page, plots = tmp_path / "evidence.md", tmp_path / "report.html"
     main(["evidence", "--results", str(out / "results"), "--to", str(page)])
     text = page.read_text()
-    assert text.count("| **not yet run** |") == 1  # the claim on seeds, run with one
+    open_claims = [line for line in text.splitlines() if "| **not yet run** |" in line]
+    # One needs more class counts than six conditions hold, one needs seeds.
+    assert [line.split(" | ")[0] for line in open_claims] == ["| 4", "| 11"]
     assert "| Balance benchmark | `python -m examples.balance_benchmark" in text
     assert text.count("\n| ") > len(CLAIMS)
     for claim in CLAIMS:

@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME")
     run.add_argument("--scale", choices=SCALES, default="small")
     run.add_argument("--seeds", type=int, help="runs of each condition; the paper's by default")
+    run.add_argument("--conditions", type=int, help="only the first so many conditions")
     run.add_argument(
         "--data",
         action="append",
@@ -72,8 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "list":
         list_experiments(console)
     elif options.command == "run":
-        if options.seeds is not None and options.seeds < 1:
-            parser.error(f"--seeds {options.seeds} must be at least 1")
+        for name in ("seeds", "conditions"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                parser.error(f"--{name} {value} must be at least 1")
         scale = SCALES[options.scale]
         library = Library(options.data, scale)
         names = list(EXPERIMENTS) if options.name == "all" else [options.name]
@@ -86,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seeds=options.seeds or EXPERIMENTS[name].seeds,
                     out=options.out,
                     results=options.results or options.out / "results",
+                    conditions=options.conditions,
                     console=console,
                 )
             except ValueError as error:

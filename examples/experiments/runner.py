@@ -221,9 +221,13 @@ def run_experiment(
     seeds: int,
     out: Path,
     results: Path,
+    conditions: int | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Run what is missing of an experiment; return its JSON file, written anew after each run."""
+    """Run what is missing of an experiment; return its JSON file, written anew after each run.
+
+    ``conditions`` leaves out all but the first so many.
+    """
     console = console or Console()
     path = results / f"{experiment.name}-{scale.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +235,7 @@ def run_experiment(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for seed in range(seeds):
-            for setting in experiment.settings:
+            for setting in experiment.settings[:conditions]:
                 samples = library.get(setting.data)
                 label = f"{experiment.name} · {setting.name} · seed {seed}"
                 task = progress.add_task(label, total=None)
