@@ -68,7 +68,7 @@ class AuxiliarySlot:
 
     def _clear(self) -> None:
         self._pending: Tensor | None = None
-        self._num_tokens = 0
+        self._num_tokens: Tensor | None = None
         self._num_calls = 0
         self._read = False
         self._version: int | None = None
@@ -104,11 +104,17 @@ class AuxiliarySlot:
             warnings.warn(_UNREAD, stacklevel=2)
         if self._read or stepped:
             self._clear()
-        num_tokens = weights_NK.shape[0]
-        weighted = loss * num_tokens
-        self._pending = self._pending + weighted if self._num_calls else weighted
-        self._num_tokens += num_tokens
-        self._num_calls += 1
+        # Nothing here may save a tensor for backward: a recomputation does not come this far, and
+        # checkpointing compares the numbers of tensors saved.
+        weighted = loss * weights_NK.shape[0]
+        num_tokens = loss.new_full((), weights_NK.shape[0])
+        if self._num_calls > 0 and self._pending is not None and self._num_tokens is not None:
+            weighted = self._pending + weighted
+            num_tokens = self._num_tokens + num_tokens
+        self._pending, self._num_tokens = weighted, num_tokens
+        # A number that grows would have the compiler write a graph for each of its values. For the
+        # same reason tokens are counted in a tensor.
+        self._num_calls = 1 if torch.compiler.is_compiling() else self._num_calls + 1
         self._version = version
         return weights_NK
 
@@ -124,10 +130,10 @@ class AuxiliarySlot:
             version: The layer's `step_version`.
             on_gradient: Called in the backward pass, just before it enters the layer.
         """
-        if self._pending is None:
+        if self._pending is None or self._num_tokens is None:
             return None
         self._read = True
-        mean = self._pending / max(self._num_tokens, 1)
+        mean = self._pending / self._num_tokens.clamp_min(1.0)
         if self._spent and version != self._version:
             return mean.detach()
         if self._pending.requires_grad and not torch.compiler.is_compiling():
