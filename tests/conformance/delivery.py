@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import ecomoe
@@ -64,15 +66,13 @@ def texts(count, length=LENGTH) -> list[dict[str, torch.Tensor]]:
 
 def router_gradient(model) -> torch.Tensor:
     """All that only auxiliary losses and gates reach, as one vector."""
-    return torch.cat(
-        [
-            torch.zeros(parameter.numel())
-            if parameter.grad is None
-            else parameter.grad.flatten().clone()
-            for name, parameter in model.named_parameters()
-            if "router" in name or "prototypes" in name
-        ]
-    )
+    gradients = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+        if "router" in name or "prototypes" in name
+    ]
+    whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in gradients]
+    return torch.cat([grad.flatten() for grad in whole])
 
 
 class Recorder(TrainerCallback):
@@ -205,6 +205,21 @@ def train_under_ddp(mode, batches, *, explicit=False) -> list[Window]:
     return [Window(0.0, batches, router_gradient(model))]
 
 
+def train_under_fsdp(batches) -> list[Window]:
+    """One optimizer step over the batches, each block and the whole sharded over the ranks."""
+    model = tiny_gpt2().train()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    task = LossTask(model)
+    with TaskSession(task, model=model, optimizer=optimizer, total_steps=10):
+        for index, batch in enumerate(batches):
+            model.set_requires_gradient_sync(index == len(batches) - 1)
+            (task(batch)["loss"] / len(batches)).backward()
+    return [Window(0.0, batches, router_gradient(model))]
+
+
 def main(out):
     warnings.simplefilter("error")
     runs = {
@@ -216,6 +231,7 @@ def main(out):
     batches = list(ids[rank::2].split(BATCH))
     for mode in DDP_MODES:
         runs[f"task, {mode}"] = train_under_ddp(mode, batches)
+    runs["task, sharded"] = train_under_fsdp(batches)
     runs["explicit"] = train_under_ddp("plain", batches, explicit=True)
     for name, windows in runs.items():
         torch.save([tuple(window) for window in windows], Path(out) / f"{name} {rank}.pt")

@@ -60,7 +60,9 @@ def free_port() -> int:
     return store.port
 
 
-@pytest.mark.parametrize("case", [*CASES, *(f"task, {mode}" for mode in DDP_MODES), "explicit"])
+@pytest.mark.parametrize(
+    "case", [*CASES, *(f"task, {mode}" for mode in [*DDP_MODES, "sharded"]), "explicit"]
+)
 def test_router_gradient_over_two_ranks(case, runs):
     first, second = (
         [Window(*window) for window in torch.load(runs / f"{case} {rank}.pt")] for rank in (0, 1)

@@ -1,6 +1,7 @@
 """What a training session leaves behind (nothing), survives, and refuses."""
 
 import copy
+import inspect
 import pickle
 import tempfile
 import warnings
@@ -350,3 +351,15 @@ def test_the_monitor_is_all_there_is():
     layer = model.transformer.h[0].mlp
     assert layer.temperature.item() == pytest.approx(layer.control.temperature_at(1.0))
     assert nothing_left(trainer)
+
+
+def test_trainer_still_has_the_seam():
+    """What the session relies on in transformers; a new version that moves it fails here first."""
+    step = inspect.getsource(Trainer.training_step)
+    assert step.count("self.accelerator.backward(loss") == 1
+    assert "loss / self.current_gradient_accumulation_steps" in step
+    loop = inspect.getsource(Trainer._run_epoch)
+    assert "self.current_gradient_accumulation_steps = len(batch_samples)" in loop
+    begin = inspect.getsource(Trainer._inner_training_loop)
+    assert "self.callback_handler.on_train_begin(args, self.state" in begin
+    assert begin.index("_prepare_for_training") < begin.index("on_train_begin")
