@@ -31,7 +31,7 @@ LAYERS = [
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
     {"ecology.report", "ecology.sinks", "ecology.decode"},
-    {"ecology.console", "ecology.recorder", "ecology.readers"},
+    {"ecology.console", "ecology.html", "ecology.recorder", "ecology.readers"},
     {"ecology.watch"},
     {"ecology.monitor"},
     {"ecomoe"},

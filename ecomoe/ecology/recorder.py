@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ecomoe.ecology.events import Event, Memory, detect
-from ecomoe.ecology.report import Report, scalars, summary_line
-from ecomoe.ecology.sinks import JsonlSink
+from ecomoe.ecology.report import PREFERENCE, TRAJECTORY_KEYS, Report, scalars, summary_line
+from ecomoe.ecology.sinks import JsonlSink, read_records
 from ecomoe.ecology.taxonomy import Thresholds
 
 Record = dict[str, Any]
+
+MAX_RECORDS = 512
 
 
 class Recorder:
@@ -23,6 +25,7 @@ class Recorder:
     Attributes:
         events: All events so far.
         trajectory: Step, phase and number of DEAD experts of each record so far.
+        records: The records so far; of many, the older ones are thinned out.
         latest: The last record of each phase.
         num_records: Records so far.
         sink: Where records are written, if anywhere.
@@ -33,6 +36,7 @@ class Recorder:
         self.lines = lines
         self.events: list[Event] = []
         self.trajectory: list[Record] = []
+        self.records: list[Record] = []
         self.latest: dict[str, Record] = {}
         self.num_records = 0
         self.sink: JsonlSink | None = None
@@ -43,9 +47,12 @@ class Recorder:
         events, self._memory = detect(self._memory, record, thresholds=self.thresholds)
         record["events"] = [event.to_dict() for event in events]
         self.events += events
-        self.trajectory.append(
-            {"step": record["step"], "phase": record["phase"], "dead": record["dead"]}
-        )
+        self.trajectory.append({key: record[key] for key in TRAJECTORY_KEYS})
+        self.records.append(record)
+        if len(self.records) > MAX_RECORDS:
+            # Thin the older half: the shape of a long history stays, its memory does not grow.
+            half = MAX_RECORDS // 2
+            self.records = self.records[:half:2] + self.records[half:]
         self.latest[record["phase"]] = record
         self.num_records += 1
         if self.sink is not None:
@@ -56,15 +63,17 @@ class Recorder:
 
     def report(self, phase: str | None) -> Report:
         """Return a report of the last record of a phase; see `Monitor.report`."""
-        for candidate in (phase,) if phase is not None else ("eval", "train", "generate"):
-            if candidate in self.latest:
-                return Report(
-                    self.latest[candidate],
-                    trajectory=self.trajectory,
-                    events=[event.to_dict() for event in self.events],
-                )
-        raise ValueError(
-            f"phase={phase!r}: no token was seen yet; run the model while the monitor is attached"
+        found = [p for p in ([phase] if phase else PREFERENCE) if p in self.latest]
+        if not found:
+            raise ValueError(
+                f"phase={phase!r}: no token was seen yet; run the model while the monitor is "
+                "attached"
+            )
+        return Report(
+            self.latest[found[0]],
+            trajectory=self.trajectory,
+            events=[event.to_dict() for event in self.events],
+            records=self.records,
         )
 
     def scalars(self, record: Record) -> dict[str, float]:
@@ -95,6 +104,8 @@ class Recorder:
         self.events = [Event(**event) for event in state["events"]]
         self.trajectory = list(state["trajectory"])
         self.latest = dict(state["latest"])
+        self.records = list(self.latest.values())
         self._memory = state["memory"]
         if self.sink is not None:
             self.sink.rewind(self.num_records)
+            self.records = list(read_records(self.sink.path))[-MAX_RECORDS:] or self.records

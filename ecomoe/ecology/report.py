@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 NUM_PAIRS = 5
+PREFERENCE = ("eval", "train", "generate")
+TRAJECTORY_KEYS = ("step", "phase", "dead")
 
 Record = dict[str, Any]
 
@@ -30,6 +33,7 @@ class Report:
         record: Plain data of the step, as `to_dict` returns it.
         trajectory: For each report of the run, its step, phase and number of DEAD experts.
         events: All events of the run so far, as plain data.
+        records: The records of the run so far, for `to_html`; by default this one alone.
     """
 
     def __init__(
@@ -38,10 +42,46 @@ class Report:
         *,
         trajectory: Sequence[Record] = (),
         events: Sequence[Record] = (),
+        records: Sequence[Record] | None = None,
     ) -> None:
         self._record = record
         self._trajectory = list(trajectory)
         self._events = list(events)
+        self._records = [record] if records is None else list(records)
+
+    @classmethod
+    def from_records(cls, records: Sequence[Record], *, phase: str | None = None) -> Report:
+        """Return the report of a run from its records, as `ecomoe.ecology.sinks` reads them.
+
+        Args:
+            records: In the order they were written.
+            phase: Which to show; by default evaluation where there was any, else training.
+
+        Raises:
+            ValueError: There is no record of that phase.
+        """
+        for candidate in (phase,) if phase is not None else PREFERENCE:
+            mine = [record for record in records if record["phase"] == candidate]
+            if mine:
+                return cls(
+                    mine[-1],
+                    trajectory=[{key: r[key] for key in TRAJECTORY_KEYS} for r in records],
+                    events=[event for record in records for event in record["events"]],
+                    records=records,
+                )
+        raise ValueError(
+            f"phase={phase!r}: no token was seen yet; run the model while the monitor is attached"
+        )
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained HTML file with plots of the run.
+
+        Args:
+            path: The file; an existing one is replaced.
+        """
+        from ecomoe.ecology.html import write_html
+
+        write_html(path, self._records)
 
     def to_dict(self) -> Record:
         """Return the record, with the whole run's ``trajectory`` and ``all_events`` added."""
