@@ -1,63 +1,18 @@
 """How auxiliary losses reach the gradient: the explicit way, the relay, and that the two agree."""
 
 import copy
-import gc
-import io
-import pickle
 import warnings
-import weakref
 
 import pytest
 import torch
-from torch import nn
+from classifier import EVERY_LOSS, Classifier, batch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import ecomoe
 from ecomoe import EcoMoE
-from ecomoe.auxiliary import LossRelay, TermMeans, auxiliary_layers
+from ecomoe.auxiliary import LossRelay, auxiliary_layers
 
-EVERY_LOSS = {
-    "oracle_weight": 0.5,
-    "ortho_weight": 0.4,
-    "divergence_weight": 0.3,
-    "z_weight": 0.02,
-    "strength": 1.0,
-}
 WAYS = ["explicit", "relay"]
-
-
-class Classifier(nn.Module):
-    """Two layers in a row, each called on its tokens in ``num_calls`` chunks of growing size."""
-
-    def __init__(self, *, checkpointing=None, num_calls=1, **keywords):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Linear(6, 8)
-        self.moes = nn.ModuleList(EcoMoE(8, 5, tiers=(2, 2), **keywords) for _ in range(2))
-        self.head = nn.Linear(8, 3)
-        self.checkpointing = checkpointing
-        self.num_calls = num_calls
-        self.double()
-
-    def forward(self, x):
-        x = self.embed(x)
-        for moe in self.moes:
-            if self.checkpointing is None:
-                x = x + self.call(moe, x)
-            else:
-                x = x + checkpoint(self.call, moe, x, use_reentrant=self.checkpointing)
-        return self.head(x)
-
-    def call(self, moe, x):
-        sizes = [1] * (self.num_calls - 1)
-        return torch.cat([moe(part) for part in x.split([*sizes, len(x) - sum(sizes)])])
-
-
-def batch(seed=0, num_tokens=12):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, 6, dtype=torch.float64, generator=generator)
-    return x, torch.randint(3, (num_tokens,), generator=generator)
 
 
 def gradients(model, way, batches, *, scale=1.0, weight=None):
@@ -385,109 +340,3 @@ class TestRelay:
             task = expected[name]
             task = torch.zeros_like(parameter) if task is None else task
             torch.testing.assert_close(parameter.grad, task)
-
-
-class TestCopies:
-    @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-    def test_after_a_training_forward(self, way, how):
-        model = Classifier(**EVERY_LOSS)
-        if way == "relay":
-            relay = LossRelay(model)
-            relay.watch(model)
-        y = model(batch()[0])
-        if how == "deepcopy":
-            other = copy.deepcopy(model)
-        elif how == "pickle":
-            other = pickle.loads(pickle.dumps(model))
-        else:
-            file = io.BytesIO()
-            torch.save(model, file)
-            file.seek(0)
-            other = torch.load(file, weights_only=False)
-        for _, _, slot in auxiliary_layers(other):
-            assert slot.relay is slot.cell is slot.tokens is None
-            assert not slot.terms
-        assert ecomoe.aux_loss(other) == 0
-        # The copy is on the explicit way, the original where it was.
-        assert torch.equal(other(batch()[0]), y)
-        assert ecomoe.aux_loss(other) > 0
-        if way == "relay":
-            assert all(slot.relay is relay for _, _, slot in auxiliary_layers(model))
-            relay.close()
-        else:
-            assert ecomoe.aux_loss(model) > 0
-
-
-class Saved:
-    """Stands in for a tensor that a graph has saved; dies with the graph."""
-
-    def __init__(self, tensor):
-        # Without its graph: a saved output would keep itself alive.
-        self.tensor = tensor.detach()
-
-
-class TestMemory:
-    @pytest.fixture
-    def saved(self):
-        """Count what graphs hold on to."""
-        alive = weakref.WeakSet()
-
-        def pack(tensor):
-            holder = Saved(tensor)
-            alive.add(holder)
-            return holder
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-            yield alive
-
-    @pytest.mark.parametrize("way", WAYS)
-    def test_no_graph_outlives_its_backward_pass(self, way, saved):
-        model = Classifier(**EVERY_LOSS)
-        relay = LossRelay(model) if way == "relay" else None
-        x, targets = batch()
-        loss = F.cross_entropy(model(x), targets)
-        if relay is None:
-            loss = loss + ecomoe.aux_loss(model)
-        else:
-            relay.attach(loss)
-        assert len(saved) > 20
-        loss.backward()
-        del loss
-        gc.collect()
-        assert len(saved) == 0
-
-    @pytest.mark.filterwarnings("ignore:the auxiliary losses .* never used")
-    @pytest.mark.parametrize("frozen", [None, "router", "experts"])
-    def test_unread_losses_do_not_pile_up(self, frozen, saved):
-        model = Classifier(divergence_weight=0.1)
-        if frozen:
-            for moe in model.moes:
-                getattr(moe, frozen).requires_grad_(False)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.01)
-        held = []
-        for step in range(100):
-            x, targets = batch(step)
-            F.cross_entropy(model(x), targets).backward()
-            optimizer.step()
-            held.append(len(saved))
-        assert max(held[1:]) <= 2 * held[0]
-
-
-class TestTermMeans:
-    def test_means_by_name_and_the_total(self):
-        model = Classifier(**EVERY_LOSS)
-        means = TermMeans(model)
-        expected, totals = [], []
-        for seed in range(3):
-            model(batch(seed)[0])
-            totals.append(ecomoe.aux_loss(model).item())
-            expected += [moe.auxiliary.terms["z"].item() for moe in model.moes]
-            means.add()
-        computed = means.compute()
-        names = {"balance", "entropy", "oracle", "prototype", "ortho", "divergence", "z", "total"}
-        assert computed.keys() == names
-        assert computed["z"] == pytest.approx(sum(expected) / 6)
-        assert computed["total"] == pytest.approx(sum(totals) / 3)
-        assert means.compute() == {}
