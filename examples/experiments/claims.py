@@ -16,6 +16,7 @@ from examples.experiments.figures import (
     revival,
     revived_experts,
     scan,
+    scores,
     tier_usage,
     trained,
     window,
@@ -87,6 +88,13 @@ def _ranking(found: Results) -> Verdict:
         f"[{low:.2f}, {high:.2f}]; of {best['name']} alone {best['auc']:.2f} "
         f"[{best['interval'][0]:.2f}, {best['interval'][1]:.2f}]."
     )
+    if best["auc"] > 0.5:
+        values = [(scores(run)[best["name"]], _dead(run)) for run in content["runs"]]
+        lost = max(value for value, dead in values if dead)
+        kept = min(value for value, dead in values if not dead)
+        why += (
+            f" Above {best['name']} = {lost:.2g} no run lost an expert; below {kept:.2g} all did."
+        )
     if low <= 0.5:
         return Verdict("refuted", f"{why} E ranks outcomes no better than chance.")
     if abs(best["auc"] - 0.5) > own["auc"] - 0.5:
