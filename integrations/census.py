@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import ecomoe
+from ecomoe.integrations.timm import ecomoe_converted
 from ecomoe.integrations.tiny import FAMILIES, inputs_for, tiny_model
 from ecomoe.sites import find_blocks
 
@@ -39,6 +40,9 @@ class Entry:
         name: The model, or transformers' model type.
         group: timm's module, or the kind of family.
         blocks: Feed-forward blocks replaced.
+        reached: Of these, how many the run reached with gradients: a part of a multimodal model
+            may have got no input.
+        cost: Parameters times pixels, to tell which model of a group is cheapest to run.
         refused: Why other blocks, or all, were refused; each reason once.
         error: An exception's text, or "".
         checked: Whether it was run beside its dense twin.
@@ -48,6 +52,8 @@ class Entry:
     name: str
     group: str
     blocks: int = 0
+    reached: int = 0
+    cost: int = 0
     refused: tuple[str, ...] = field(default_factory=tuple)
     error: str = ""
     checked: bool = False
@@ -79,7 +85,7 @@ def unsettle(model: nn.Module, generator: torch.Generator) -> None:
             tensor.add_(0.2 * torch.rand(tensor.shape, generator=generator).to(tensor))
 
 
-def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, float]:
+def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int, float]:
     """Convert a model with exact copies and compare it with its dense twin.
 
     Args:
@@ -87,11 +93,12 @@ def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, floa
         call: Runs a model on fixed inputs and returns its output.
 
     Returns:
-        The number of layers, and the greatest difference over the greatest value of an output.
+        The number of layers, how many of them a backward pass reached, and the greatest difference
+        over the greatest value of an output.
 
     Raises:
         ValueError: It cannot be converted.
-        RuntimeError: A layer was not called, or a gradient is missing or not finite.
+        RuntimeError: No layer was reached, or a gradient is not finite.
     """
     unsettle(model, torch.Generator().manual_seed(0))
     model.eval()
@@ -107,13 +114,16 @@ def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, floa
     outputs = [y for y in tensors(call(model)) if y.requires_grad]
     loss = torch.stack([y.float().square().mean() for y in outputs]).sum()
     (loss + ecomoe.aux_loss(model)).backward()
+    reached = 0
     for layer in layers:
-        for parameter in (*layer.router.parameters(), *layer.experts.parameters()):
-            if parameter.requires_grad and parameter.grad is None:
-                raise RuntimeError("a layer was never called, or its output not used")
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise RuntimeError("a gradient is not finite")
-    return len(layers), difference
+        gradients = [p.grad for p in (*layer.router.parameters(), *layer.experts.parameters())]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if not all(gradient.isfinite().all() for gradient in present):
+            raise RuntimeError("a gradient is not finite")
+        reached += len(present) == len(gradients)
+    if not reached:
+        raise RuntimeError("no layer was called and its output used")
+    return len(layers), reached, difference
 
 
 def _relative_difference(got: Tensor, want: Tensor) -> float:
@@ -153,11 +163,12 @@ def survey_timm(only: str = "*") -> Iterator[Entry]:
     import timm
 
     for name in timm.list_models():
-        if fnmatchcase(name, only):
+        if fnmatchcase(name, only) and name != ecomoe_converted.__name__:
             group = timm.model_entrypoint(name).__module__.rpartition(".")[2]
             with torch.device("meta"):
                 model = timm.create_model(name)
-            yield survey(name, group, model)
+            cost = _input_size(model)[-1] ** 2 * sum(p.numel() for p in model.parameters())
+            yield replace(survey(name, group, model), cost=cost)
 
 
 def check_timm(entry: Entry) -> Entry:
@@ -168,10 +179,10 @@ def check_timm(entry: Entry) -> Entry:
     try:
         model: Any = timm.create_model(entry.name)
         x = torch.randn(2, *_input_size(model))
-        blocks, difference = check(model, lambda m: m(x))
+        blocks, reached, difference = check(model, lambda m: m(x))
     except Exception as problem:
         return replace(entry, error=_line(problem), checked=True)
-    return replace(entry, blocks=blocks, checked=True, difference=difference)
+    return replace(entry, blocks=blocks, reached=reached, checked=True, difference=difference)
 
 
 def _input_size(model: Any) -> tuple[int, ...]:
@@ -183,17 +194,11 @@ def _input_size(model: Any) -> tuple[int, ...]:
 
 def smallest(entries: Sequence[Entry]) -> list[Entry]:
     """Return of each of timm's modules the convertible model that is cheapest to run."""
-    import timm
-
-    best: dict[str, tuple[int, Entry]] = {}
-    for entry in entries:
+    best: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.cost):
         if entry.blocks:
-            with torch.device("meta"):
-                model: Any = timm.create_model(entry.name)
-            cost = _input_size(model)[-1] ** 2 * sum(p.numel() for p in model.parameters())
-            if entry.group not in best or cost < best[entry.group][0]:
-                best[entry.group] = cost, entry
-    return [entry for _, (_, entry) in sorted(best.items())]
+            best.setdefault(entry.group, entry)
+    return [entry for _, entry in sorted(best.items())]
 
 
 # transformers
@@ -213,10 +218,17 @@ def check_transformers(model_type: str) -> Entry:
             torch.manual_seed(0)  # masked autoencoders draw their mask
             return m(**inputs)
 
-        blocks, difference = check(model, call)
+        blocks, reached, difference = check(model, call)
     except Exception as problem:
         return replace(entry, error=_line(problem), checked=True)
-    return replace(entry, blocks=blocks, refused=refused, checked=True, difference=difference)
+    return replace(
+        entry,
+        blocks=blocks,
+        reached=reached,
+        refused=refused,
+        checked=True,
+        difference=difference,
+    )
 
 
 def kind(model: Any) -> str:
@@ -287,7 +299,7 @@ def _timm_table(entries: Sequence[Entry], checked: Sequence[Entry]) -> Iterator[
         run = runs.get(group)
         yield (
             f"| {group} | {len(members)} | {count} | {run.name if run else ''} | "
-            f"{run.blocks if run else ''} | {_outcome(run)} | {refused} |"
+            f"{_reached(run)} | {_outcome(run)} | {refused} |"
         )
     yield ""
     yield "No feed-forward block, by module (models): " + ", ".join(nothing) + "."
@@ -312,9 +324,16 @@ def _family_table(entries: Sequence[Entry]) -> Iterator[str]:
     yield "| kind | family | blocks | difference |"
     yield "|---|---|---:|---:|"
     for entry in sorted(entries, key=lambda entry: (entry.group, entry.name)):
-        yield f"| {entry.group} | {entry.name} | {entry.blocks} | {_outcome(entry)} |"
+        yield f"| {entry.group} | {entry.name} | {_reached(entry)} | {_outcome(entry)} |"
     yield ""
     yield from (f"- {entry.name}: {entry.error}" for entry in errors)
+
+
+def _reached(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    part = f" ({entry.reached} reached)" if entry.reached != entry.blocks else ""
+    return f"{entry.blocks}{part}"
 
 
 def _outcome(entry: Entry | None) -> str:
