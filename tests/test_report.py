@@ -165,3 +165,44 @@ def test_scalars_are_few_and_finite():
     assert 8 <= len(found) <= 12
     assert all(isinstance(v, float) and math.isfinite(v) for v in found.values())
     assert found["ecology/dead_peak"] == 5
+
+
+@pytest.fixture
+def page(tmp_path):
+    records = [
+        make_record(make_layer("a</script>", dead=[3]), metrics={"loss": 1.0}, step=step)
+        for step in (10, 20)
+    ]
+    event = {"kind": "death", "step": 20, "phase": "eval", "layer": "a", "expert": 3}
+    records[1]["events"] = [event | {"tier": None, "basis": "top1", "advice": "look <here>"}]
+    path = tmp_path / "report.html"
+    Report.from_records(records).to_html(path)
+    return records, path.read_text(encoding="utf-8")
+
+
+def test_html_holds_the_records_numbers(page):
+    records, text = page
+    data = text.split('<script type="application/json" id="records">')[1].split("</script>")[0]
+    assert json.loads(data) == records
+    heat = text.split('id="plot2"')[1].split("</script>")[0]
+    usage = [record["layers"][0]["usage"]["top1"] for record in records]
+    assert json.dumps([list(row) for row in zip(*usage, strict=True)]).replace(" ", "") in heat
+
+
+def test_html_needs_no_network_and_escapes_names(page):
+    _, text = page
+    assert "<script src" not in text
+    assert "look &lt;here&gt;" in text
+    assert "a&lt;/script&gt;" in text
+    assert text.count("<script") == text.count("</script>") or "<\\/script>" in text
+
+
+def test_report_from_records_prefers_evaluation():
+    records = [make_record(make_layer("a"), step=step) for step in (1, 2)]
+    records[1]["phase"] = "train"
+    report = Report.from_records(records)
+    assert report.to_dict()["step"] == 1
+    assert [point["step"] for point in report.to_dict()["trajectory"]] == [1, 2]
+    assert Report.from_records(records, phase="train").to_dict()["step"] == 2
+    with pytest.raises(ValueError, match="phase='generate': no token was seen"):
+        Report.from_records(records, phase="generate")
