@@ -356,7 +356,7 @@ def test_a_revival_that_does_not_last_is_none():
             {"percent": 40 + 10 * index, "layers": [{"usage": [usage]}]}
             for index, usage in enumerate(usages)
         ]
-        events = [{"kind": "revival", "expert": 0, "step": 60}]
+        events = [{"kind": "revival", "expert": 0, "step": 60, "basis": "top1"}]
         setting = {"forced_death": (0.3, 0.5)}
         return {"setting": setting, "history": history, "events": events, "steps": 100}
 

@@ -94,11 +94,21 @@ def _verdicts(found: Results) -> str:
             verdict = Verdict("not yet run", ", ".join(f"`{name}`" for name in lacking))
         else:
             verdict = claim.judge(found)
+            why = verdict.why
+            if all(_seeds(found[name]) == 1 for name in claim.needs if name in found):
+                why += " One seed."
             if lacking:
-                others = ", ".join(f"`{name}`" for name in lacking)
-                verdict = Verdict(verdict.word, f"{verdict.why} Not yet run: {others}.")
+                why += f" Not yet run: {', '.join(f'`{name}`' for name in lacking)}."
+            verdict = Verdict(verdict.word, why)
         lines.append(f"| {claim.label} | {claim.text} | **{verdict.word}** | {verdict.why} |")
     return "\n".join(lines) + "\n"
+
+
+def _seeds(content: Record) -> int:
+    # Random settings are replicates of each other: there the seed is not what varies.
+    if content["experiment"] == "predicts-collapse":
+        return len(content["runs"])
+    return len({run["seed"] for run in content["runs"]})
 
 
 def _section(content: Record) -> str:

@@ -146,6 +146,7 @@ def revival(run: Record) -> dict[str, float]:
     reported = [
         event["kind"] == "revival"
         and event["expert"] == 0
+        and event["basis"] == "top1"
         and event["step"] >= release * run["steps"]
         for event in run["events"]
     ]
