@@ -225,18 +225,26 @@ RULES: dict[str, Rule] = {
 # original model and puts the layers into it; without ecomoe timm does not know that name.
 
 
-def remember(model: Any, record: Mapping[str, Any]) -> None:
-    """Enter a conversion in what timm saves of a model.
+def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Enter a conversion in what timm saves of every model of its own that was touched.
 
     Args:
-        model: A model of ``timm.create_model``; others, which timm cannot save, are left alone.
+        model: The model that was converted, one of timm or one that holds some.
         record: The conversion; see `ecomoe.convert.rebuild`.
     """
-    config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, dict) or "architecture" not in config:
-        return
+    for name, part in model.named_modules():
+        config = getattr(part, "pretrained_cfg", None)
+        if not isinstance(config, dict) or "architecture" not in config:
+            continue
+        prefix = f"{name}." if name else ""
+        blocks = [b.removeprefix(prefix) for b in record["blocks"] if b.startswith(prefix)]
+        if blocks:
+            _enter(part, config, {**record, "blocks": blocks})
+
+
+def _enter(model: Any, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     arguments = dict(getattr(model, "_model_args", {}))
-    records = [*arguments.get("ecomoe_records", ()), dict(record)]
+    records = [*arguments.get("ecomoe_records", ()), record]
     base = arguments.get("ecomoe_base", config["architecture"])
     model._model_args = {**arguments, "ecomoe_base": base, "ecomoe_records": records}
     model.pretrained_cfg = model.default_cfg = {**config, "architecture": ecomoe_converted.__name__}

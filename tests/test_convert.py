@@ -1,5 +1,6 @@
 """Conversion of dense blocks: exactness, choice of layers, inits, errors that change nothing."""
 
+import inspect
 import sys
 
 import pytest
@@ -218,6 +219,17 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
     ecomoe.convert(model, verbose=False)
     assert type(model[0]) is Doubled
     assert isinstance(model[1], ecomoe.EcoMoE)
+
+
+def test_convert_spells_out_what_a_block_leaves_open():
+    ours, layers = (
+        set(inspect.signature(function).parameters) for function in (ecomoe.convert, ecomoe.EcoMoE)
+    )
+    form = {"d_model", "d_hidden", "d_output", "num_classes", "activation", "gated", "bias"}
+    block = {"dropout", "output_dropout", "hidden_norm", "dense", "device", "dtype"}
+    assert layers - ours == form | block
+    own = {"model", "layers", "init", "init_amount", "expert_width", "verbose"}
+    assert ours - layers == own
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,21 @@ def test_timm_round_trip_is_bit_equal(tmp_path):
     assert_same_state(ecomoe.from_pretrained(again), model)
 
 
+def test_a_timm_model_inside_another_module_is_marked_too(tmp_path):
+    body = timm.create_model("test_vit", num_classes=7, img_size=32).eval()
+    ecomoe.convert(nn.ModuleDict({"body": body}), tiers=(2, 2), verbose=False)
+    timm.models.save_for_hf(body, tmp_path, safe_serialization=True)
+    assert_same_state(ecomoe.from_pretrained(tmp_path), body)
+
+
+def test_a_timm_model_in_transformers_wrapper(tmp_path):
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=3)
+    model = transformers.TimmWrapperForImageClassification(config).eval()
+    ecomoe.convert(model, tiers=(2, 2), verbose=False)
+    model.save_pretrained(tmp_path)
+    assert_same_state(ecomoe.from_pretrained(tmp_path), model)
+
+
 def test_timm_state_dict_and_average(tmp_path):
     model = timm_model()
     average = timm.utils.ModelEmaV3(model.train())
@@ -327,6 +342,7 @@ def test_lora_through_target_parameters(tmp_path):
     model = converted("gpt2", "AutoModelForCausalLM", tiers=(2, 2))
     inputs = inputs_for(model)
     want = output(model, inputs)
+    model_before = copy.deepcopy(model)
     config = peft.LoraConfig(
         r=2,
         target_modules=[],
@@ -346,6 +362,8 @@ def test_lora_through_target_parameters(tmp_path):
     assert not torch.allclose(got, want)
     tuned.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
+    again = peft.PeftModel.from_pretrained(model_before, tmp_path).eval()
+    assert torch.equal(output(again, inputs), got)
     merged = tuned.merge_and_unload()
     assert torch.allclose(output(merged, inputs), got, atol=1e-5)
 
