@@ -23,7 +23,7 @@ from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.runner import build_model, run_experiment, run_folder, run_setting
 
 SMOKE = SCALES["smoke"]
-MOST = 6  # conditions of an entry; all but the two largest have fewer
+MOST = 6  # conditions of an entry; all but the largest have fewer
 
 
 @pytest.fixture(scope="module")

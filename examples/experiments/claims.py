@@ -337,6 +337,24 @@ def _order(found: Results) -> Verdict:
     return Verdict(word, "; ".join(parts) + ".")
 
 
+def _promise(found: Results) -> Verdict:
+    runs = _runs(found, "promise")
+    dead = [
+        {
+            basis: sum(layer["dead_relative"][basis] for layer in run["final"]["layers"])
+            for basis in ("top1", "topk")
+        }
+        for run in runs
+    ]
+    broken = {basis: sum(entry[basis] > 0 for entry in dead) for basis in ("top1", "topk")}
+    worst = max(entry["top1"] for entry in dead)
+    why = (
+        f"of {len(runs)} runs, {broken['top1']} end with dead experts on top1 (at worst {worst} in "
+        f"all layers together) and {broken['topk']} on topk."
+    )
+    return Verdict("refuted" if any(broken.values()) else "reproduced", why)
+
+
 def _warmup(found: Results) -> Verdict:
     groups = by_condition(found["no-warmup"])
     deaths = {k: spread([float(_dead(r)) for r in runs]).mean for k, runs in groups.items()}
@@ -354,6 +372,7 @@ CLAIMS = (
     Claim("1b", "E predicts collapse (better than its parts)", ("predicts-collapse",), _ranking),
     Claim("1c", "PURE_CORE rises with E (4.1)", ("phase-map",), _gradient),
     Claim("1d", "Living and PURE_CORE experts do not fall as E rises", ("e-order",), _order),
+    Claim("1e", "1a with the package's defaults, over tiers and rates", ("promise",), _promise),
     Claim("2", "The same in language: DEAD = 0", ("wikitext2", "wikitext103"), _cross_modal),
     Claim("3", "Dead experts revive, by the balance loss", ("revival", "tiny"), _revival),
     Claim("4", "More classes raise the critical E", ("class-count", "low-e", "tiny"), _complexity),

@@ -45,6 +45,23 @@ def _revival() -> tuple[Setting, ...]:
     )
 
 
+def _promise() -> tuple[Setting, ...]:
+    return tuple(
+        Setting(
+            name=f"{data}, tiers {':'.join(map(str, tiers))}, learning rates x {rate:g}",
+            data=data,
+            control=target(e, o=0.0),
+            tiers=tiers,
+            strength=None,
+            warmup=0.0,
+            rate=rate,
+        )
+        for data in ("cifar10", "wikitext2")
+        for tiers, e in (((8, 4, 4), 0.545), ((4, 4, 4, 4), 1.0), ((16,), 0.5), ((16, 8, 8), 0.545))
+        for rate in (0.3, 1.0, 3.0)
+    )
+
+
 QUESTIONS = (
     Experiment(
         name="predicts-collapse",
@@ -74,6 +91,16 @@ QUESTIONS = (
         ),
         seeds=3,
         paper=False,
+    ),
+    Experiment(
+        name="promise",
+        title="The layer's defaults over tiers, 16 and 32 experts, learning rates, two tasks",
+        section="4.2, 4.3",
+        claim="no expert is dead on either basis at the end of any run at E >= 0.5 (relative "
+        "thresholds)",
+        settings=_promise(),
+        paper=False,
+        note="Here the weights are the package's: its default strength, no oracle, no warm-up.",
     ),
     Experiment(
         name="class-count",

@@ -120,9 +120,11 @@ class Setting:
         tiers: Experts by tier.
         ortho_weight: Weight of the prototypes' orthogonality.
         oracle: The teacher, where it is not the layer's default.
-        strength: Factor on H, O and B. The paper knows none, so its weights are taken as printed.
+        strength: Factor on H, O and B; ``None`` for the layer's default. The paper knows none, so
+            its weights are taken as printed.
         warmup: Share of the training with random routing.
         effort: Factor on the scale's epochs.
+        rate: Factor on both learning rates.
         forced_death: Two shares of the training, between which expert 0 is held below selection.
         percents: When to evaluate, where not at the scale's times.
     """
@@ -133,9 +135,10 @@ class Setting:
     tiers: tuple[int, ...] = (8, 4, 4)
     ortho_weight: float = 0.0
     oracle: str | None = None
-    strength: float = 1.0
+    strength: float | None = 1.0
     warmup: float = 0.15
     effort: float = 1.0
+    rate: float = 1.0
     forced_death: tuple[float, float] | None = None
     percents: tuple[int, ...] | None = None
 

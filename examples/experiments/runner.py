@@ -57,9 +57,10 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
         "balance_weight": control.balance_weight,
         "ortho_weight": setting.ortho_weight,
         "oracle": setting.oracle,
-        "strength": setting.strength,
         "warmup_fraction": setting.warmup,
     }
+    if setting.strength is not None:
+        common["strength"] = setting.strength
     if samples.kind == "language":
         return GPT(
             vocabulary=samples.classes,
@@ -112,8 +113,8 @@ def run_setting(
     percents = setting.percents if setting.percents and scale.name != "smoke" else scale.percents
     optimizer = two_rates(
         model,
-        encoder_lr=scale.encoder_lr,
-        expert_lr=scale.expert_lr,
+        encoder_lr=scale.encoder_lr * setting.rate,
+        expert_lr=scale.expert_lr * setting.rate,
         weight_decay=scale.weight_decay,
     )
     log = folder / "monitor.jsonl"
