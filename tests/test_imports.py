@@ -16,7 +16,7 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # From the bottom up: a module imports only from rows above its own in this list. A new module is
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
-    {"control", "routing"},
+    {"control", "hooks", "routing"},
     {"losses", "dispatch"},
     {"routers", "experts"},
     {"auxiliary"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"ecology.events", "ecology.compare", "ecology.taps"},
     {"ecology.report", "ecology.sinks", "ecology.decode"},
     {"ecology.console", "ecology.html", "ecology.recorder", "ecology.readers"},
-    {"ecology.watch"},
+    {"ecology.watch", "ecology.live"},
     {"ecology.monitor"},
     {"ecomoe"},
     {

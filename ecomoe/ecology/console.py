@@ -41,12 +41,12 @@ def render_report(
 ) -> Iterator[RenderableType]:
     """Yield what a report shows: heading, prediction, trajectory, layers, worst layers, events."""
     yield Text(summary_line(dict(record)), style="bold")
-    yield from _prediction(record)
-    yield from _trajectory_lines(record, trajectory, events)
+    yield from prediction_lines(record)
+    yield from trajectory_lines(record, trajectory, events)
     yield layer_table(record["layers"])
     for layer in worst_layers(record["layers"]):
         yield expert_table(layer)
-    yield from _event_lines(events)
+    yield from event_lines(events)
 
 
 def worst_layers(layers: Sequence[Record]) -> list[Record]:
@@ -58,7 +58,8 @@ def worst_layers(layers: Sequence[Record]) -> list[Record]:
     return ranked[:MAX_DETAILED_LAYERS]
 
 
-def _prediction(record: Record) -> Iterator[RenderableType]:
+def prediction_lines(record: Record) -> Iterator[RenderableType]:
+    """Yield E, E(t) and the predicted phase beside what is observed."""
     control, prediction = record["control"], record["prediction"]
     if control is None or prediction is None:
         return
@@ -73,9 +74,10 @@ def _prediction(record: Record) -> Iterator[RenderableType]:
     yield Text(f"Phase {prediction['text']}.", style="green" if good else "bold yellow")
 
 
-def _trajectory_lines(
+def trajectory_lines(
     record: Record, trajectory: Sequence[Record], events: Sequence[Record]
 ) -> Iterator[RenderableType]:
+    """Yield the revival trajectory: DEAD experts over the reports, their peak and revivals."""
     points = [point for point in trajectory if point["phase"] == record["phase"]]
     if not points:
         return
@@ -177,14 +179,15 @@ def expert_table(layer: Record) -> Table:
     return table
 
 
-def _event_lines(events: Sequence[Record]) -> Iterator[RenderableType]:
+def event_lines(events: Sequence[Record], *, num: int = MAX_EVENTS) -> Iterator[RenderableType]:
+    """Yield the last events, a line each."""
     from ecomoe.ecology.events import Event
 
     if not events:
         return
-    more = f" (the last {MAX_EVENTS} of {len(events)})" if len(events) > MAX_EVENTS else ""
+    more = f" (the last {num} of {len(events)})" if len(events) > num else ""
     yield Text(f"Events{more}", style="bold")
-    for event in events[-MAX_EVENTS:]:
+    for event in events[-num:]:
         yield Text(f"  {Event(**event)}", no_wrap=True, overflow="ellipsis")
 
 

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 EventHandler = Callable[[Event], None]
 
 STATE_KEY = "ecomoe_monitor"
-VIEWS = ("report", "lines", "off")
+VIEWS = ("report", "live", "lines", "off")
 
 
 class Monitor:
@@ -65,8 +65,9 @@ class Monitor:
             ``logging_steps`` hold instead.
         thresholds: ``"paper"``, ``"relative"`` (to 16 experts) or a `Thresholds`.
         on_event: Called with each `Event`; what it raises reaches the loop, to stop a run.
-        view: What to show on the terminal: ``"report"`` at the end of a Trainer's run,
-            ``"lines"`` a line a report as well, or ``"off"``.
+        view: What to show on the terminal: ``"report"``, the report at the end of a Trainer's run;
+            ``"live"``, a view in place while training as well; ``"lines"``, a line for each record
+            as well; or ``"off"``.
 
     Raises:
         ValueError: An argument breaks its rule, or the model has no layer to watch.
@@ -101,7 +102,7 @@ class Monitor:
         self.view = view
         self.log = log
         self.step_count = 0
-        self._recorder = Recorder(thresholds=self.thresholds, lines=view == "lines")
+        self._recorder = Recorder(thresholds=self.thresholds, view=view)
         self._readers: dict[type[nn.Module], Reader] = {}
         self._watch: Watch | None = None
         self._step_hook: RemovableHandle | None = None
@@ -195,7 +196,7 @@ class Monitor:
         finally:
             if self._step_hook is not None:
                 self._step_hook.remove()
-            for part in (self._watch, self._schedule, self._session):
+            for part in (self._recorder, self._watch, self._schedule, self._session):
                 if part is not None:
                     part.close()
             self._step_hook = self._watch = self._schedule = self._session = None

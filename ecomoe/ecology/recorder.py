@@ -20,7 +20,7 @@ class Recorder:
 
     Args:
         thresholds: Unscaled.
-        lines: Whether to print a line a record.
+        view: ``"lines"`` prints a line a record, ``"live"`` draws it in place.
 
     Attributes:
         events: All events so far.
@@ -31,9 +31,10 @@ class Recorder:
         sink: Where records are written, if anywhere.
     """
 
-    def __init__(self, *, thresholds: Thresholds, lines: bool = False) -> None:
+    def __init__(self, *, thresholds: Thresholds, view: str = "off") -> None:
         self.thresholds = thresholds
-        self.lines = lines
+        self.view = view
+        self._live: Any = None
         self.events: list[Event] = []
         self.trajectory: list[Record] = []
         self.records: list[Record] = []
@@ -57,9 +58,25 @@ class Recorder:
         self.num_records += 1
         if self.sink is not None:
             self.sink.write(record)
-        if self.lines:
-            print(summary_line(record))
+        if self.view == "lines":
+            print(summary_line(record), flush=True)
+        elif self.view == "live":
+            self._draw(record)
         return events
+
+    def _draw(self, record: Record) -> None:
+        if self._live is None:
+            from ecomoe.ecology.live import LiveView
+
+            self._live = LiveView()
+        events = [event.to_dict() for event in self.events]
+        self._live.update(record, trajectory=self.trajectory, events=events)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._live.close()
+            self._live = None
 
     def report(self, phase: str | None) -> Report:
         """Return a report of the last record of a phase; see `Monitor.report`."""
