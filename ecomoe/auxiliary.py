@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ecomoe.hooks import ForwardHook
+
 MAX_UNREAD_CALLS = 1024
 
 _UNREAD = (
@@ -302,30 +304,6 @@ class LossRelay:
         for slot in self._slots:
             if slot.relay is self:
                 slot.relay = slot.cell = slot.tokens = None
-
-
-class ForwardHook:
-    """A hook on a module that stays behind when the module is copied or pickled.
-
-    Copies of a model (an average of its weights, a checkpoint) are not part of the run; and what a
-    hook holds on to (a trainer, tensors with a graph) can often be neither copied nor pickled.
-
-    Args:
-        action: Called with what torch hands to the hook; ``None`` does nothing.
-    """
-
-    def __init__(self, action: Callable[..., Any] | None = None) -> None:
-        self.action = action
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the action."""
-        return None if self.action is None else self.action(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
-        return ForwardHook()
-
-    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
-        return ForwardHook, ()
 
 
 class TermMeans:

@@ -29,9 +29,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecomoe.auxiliary import ForwardHook, LossRelay, TermMeans
+from ecomoe.auxiliary import LossRelay, TermMeans
 from ecomoe.convert import convert
 from ecomoe.ecology.monitor import Monitor
+from ecomoe.hooks import ForwardHook
 from ecomoe.schedule import Schedule, unwrap_optimizer
 
 _REMEDY = (

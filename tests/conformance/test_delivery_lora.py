@@ -19,7 +19,8 @@ def adapted():
     return model
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+# The warning is peft's, which asks by the old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_resuming_gives_the_same_losses_to_the_bit(tmp_path):
     def run(resume=None):
         model = adapted()
