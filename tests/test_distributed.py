@@ -123,12 +123,14 @@ class TestReducedLosses:
         assert max(ranks.run(run_ddp, case, {})) > 0.01
         assert max(ranks.run(run_ddp, case._replace(reduce=True), {})) < FP32
 
-    @pytest.mark.slow
-    def test_compiles_to_one_graph(self, ranks):
-        assert max(ranks.run(run_compiled)) < FP32
-
     def test_copies_share_the_group_and_pickles_have_none(self, ranks):
         assert ranks.run(run_copies) == [[True, False]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["losses", "experts"])
+def test_compiles_to_one_graph(ranks, how):
+    assert max(ranks.run(run_compiled, how)) < FP32
 
 
 @pytest.mark.parametrize("how", ["static", "fsdp", "experts"])
