@@ -167,3 +167,20 @@ def test_model_of_transformers_without_ecomoe_layers(tmp_path):
     assert layer["num_tokens"] == 2 * 2 * 4 * REAL
     assert layer["control"] is None
     assert layer["verified"] is True
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_is_told_from_evaluation(use_cache):
+    model = make_model().eval()
+    ids = torch.randint(1, SIZE, (2, 5))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with ecomoe.Monitor(model, view="off") as monitor:
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
+            use_cache=use_cache, pad_token_id=0,
+        )  # fmt: skip
+        model(ids)
+        (layer, _) = monitor.report("generate").to_dict()["layers"]
+        expected = 8 + 2 * 2 if use_cache else 8 + 10 + 12
+        assert (layer["num_tokens"], layer["padding"]) == (expected, 2 if use_cache else 6)
+        assert monitor.report("eval").to_dict()["layers"][0]["num_tokens"] == 10

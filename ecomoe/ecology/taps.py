@@ -89,8 +89,10 @@ class Traffic:
     def begin(self, training: bool, inputs: dict[str, Any]) -> None:
         """Note the phase and the padding of a pass."""
         self.inside = True
-        cached = inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
-        self.phase = "train" if training else "generate" if cached else "eval"
+        # generate() says whether to use a cache, or for which positions it wants logits.
+        signs = ("past_key_values", "use_cache", "logits_to_keep")
+        generating = any(inputs.get(sign) is not None for sign in signs)
+        self.phase = "train" if training else "generate" if generating else "eval"
         self.masks = {}
         for side in ("", "decoder_"):
             mask = inputs.get(f"{side}attention_mask")
