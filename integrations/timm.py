@@ -17,7 +17,8 @@ from ecomoe.sites import Parts, Refused, Rule, Site, class_rule
 
 # Places where timm's FFN classes do another work: mixing tokens or positions, gating channels,
 # pooling, predicting.
-OTHER_PLACES = {
+OTHER_PLACES = (
+    "attn.attn",
     "attn_pool",
     "head",
     "meta_mlp",
@@ -27,7 +28,7 @@ OTHER_PLACES = {
     "rel_pos",
     "se",
     "shared_rel_pos",
-}
+)
 
 
 Sites = Site | tuple[Site, ...] | None
@@ -43,7 +44,7 @@ def recognise(name: str, module: nn.Module) -> Sites:
     Raises:
         Refused: It is an FFN that cannot be token-wise.
     """
-    if OTHER_PLACES.intersection(name.split(".")):
+    if any(f".{place}." in f".{name}." for place in OTHER_PLACES):
         return None
     rule = class_rule(RULES, module, root="timm")
     return None if rule is None else rule(module)
