@@ -100,6 +100,15 @@ class TestAgainstLoops:
         check_against_loops(layer, torch.randn(9, 6, dtype=torch.float64))
         assert all(parameter.grad is None for parameter in dense.parameters())
 
+    def test_dense_teacher_of_many_tokens_looks_at_some_evenly_spaced(self):
+        keywords = {"oracle": "dense", "dense": nn.Linear(6, 6).double(), "oracle_weight": 0.5}
+        layer = make_layer(6, 5, tiers=(3, 1), dtype=torch.float64, **keywords)
+        x = torch.randn(600, 6, dtype=torch.float64)
+        layer(x)
+        over_some = layer.auxiliary.terms["oracle"]
+        layer(x[::3])
+        assert_near(over_some, layer.auxiliary.terms["oracle"], torch.float64)
+
     def test_prototype_teacher(self):
         layer = make_layer(6, 5, tiers=(3, 1), oracle_weight=0.5, dtype=torch.float64)
         assert layer.oracle == "prototype"
