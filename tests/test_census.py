@@ -102,7 +102,7 @@ def test_report_counts_and_lists_errors():
     families = [census.Entry("bert", "encoder", error="RuntimeError: no", checked=True)]
     text = census.report(entries, runs, families)
     assert "1 of 3 registered models convert; 1 were run; 0 errors" in text
-    assert "| g | 1 | 1 | a | 2 (1 reached) | 2.0e-07 |  |" in text
+    assert "| g | 1 | 1 | a | 2 (1 run) | 2.0e-07 |  |" in text
     assert "| h | 1 | 0 |  |  |  | it pools |" in text
     assert "No feed-forward block, by module (models): i (1)." in text
     assert "- bert: RuntimeError: no" in text
