@@ -258,6 +258,16 @@ _CLASSES: dict[Parts, str] = {
         down="dense2",
         output_dropout="dropout",
     ): "PvtFFN",
+    Parts(
+        up="conv1.convolution",
+        act="conv1.activation",
+        dropout="dropout1",
+        down="conv2.convolution",
+        output_dropout="dropout2",
+    ): "MobileViTV2FFN",
+    Parts(up="mlp.proj_in", act="mlp.activation", down="mlp.proj_out", seat="mlp"): """
+        Sam2MultiScaleBlock
+    """,
     Parts(up="dense1", act="intermediate_act_fn", down="dense2"): "PerceiverMLP",
     # They add the residual themselves.
     Parts(
@@ -329,6 +339,13 @@ _CLASSES: dict[Parts, str] = {
     Parts(
         up="pwconv1", act="act", down="pwconv2", seat="pwconv1", emptied=("act", "pwconv2")
     ): "ConvNextLayer Qwen3OmniMoeConvNeXtBlock",
+    Parts(
+        up="pointwise_conv1",
+        act="activation_fn",
+        down="pointwise_conv2",
+        seat="pointwise_conv1",
+        emptied=("activation_fn", "pointwise_conv2"),
+    ): "DINOv3ConvNextLayer",
     Parts(
         up="layer_1",
         act="activation_function",

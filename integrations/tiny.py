@@ -60,6 +60,7 @@ FITTING: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
+    "dinov3_convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "image_size": 64},
     "donut-swin": {**_TWO_STAGES, "patch_size": 4, "window_size": 2},
     "funnel": {
         "architectures": ["FunnelModel"],  # the Auto class fails on a family of two without a name
@@ -84,6 +85,7 @@ FITTING: dict[str, dict[str, Any]] = {
         "mlp_ratios": [2, 2, 2, 2],
         "image_size": 64,
     },
+    "mobilevitv2": {"patch_size": 2, "image_size": 64},
     "segformer": _PYRAMID,
     "swin": {**_TWO_STAGES, "patch_size": 4, "window_size": 2},
     "swin2sr": {**_TWO_STAGES, "window_size": 4},
@@ -103,26 +105,26 @@ _FITTED = """
     blenderbot-small blip bloom camembert chinese_clip chinese_clip_vision_model clip
     clip_text_model clip_vision_model clipseg codegen cohere cohere2 convbert convnext cpmant
     ctrl cwm data2vec-audio data2vec-text data2vec-vision deberta deberta-v2 deepseek_v3 deit
-    diffllama dinov2 dinov2_with_registers dinov3_vit distilbert doge donut-swin dpr dpt electra
-    ernie ernie4_5 ernie4_5_moe esm eurobert exaone4 exaone_moe falcon flaubert flava flint fnet
-    focalnet fsmt funnel gemma gemma2 gemma3_text git glm glm4 glm4_moe glm4_moe_lite glpn gpt2
-    gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_docling_text granite_swa
-    groupvit gte helium higgs_audio_v2 hrm_text hubert hunyuan_v1_dense hy_v3 hyperclovax ijepa
-    imagegpt internlm3 internvl_vision iquestcoder jais2 jina_embeddings_v3 laguna layoutlm led
-    lfm2 lilt llama longformer longt5 m2m_100 marian markuplm maskformer-swin mbart
-    megatron-bert metaclip_2 ministral ministral3 mistral mlcd mlcd_vision_model mobilebert
-    mobilevit modernbert modernbert-decoder molmo2_text moonshine moss_transcribe_diarize_audio
-    mpnet mpt mra mt5 muse_glimmer_text mvp nanochat nemotron nllb-moe nomic_bert nystromformer
-    olmo olmo2 olmo3 openai-gpt opt owlv2 owlvit pegasus pegasus_x persimmon phi phi3 pixio
-    pixtral plbart prophetnet pvt pvt_v2 qianfan_ocr_vision qwen2 qwen2_audio_encoder qwen3
-    qwen3_vl_text radio rembert roberta roberta-prelayernorm roc_bert roformer
-    sam_hq_vision_model sam_vision_model sapiens2 seed_oss segformer sew sew-d siglip
-    siglip_vision_model smollm3 speech_to_text splinter stablelm starcoder2 swiftformer swin
-    swinv2 switch_transformers t5 t5gemma tapas timesformer tipsv2 tipsv2_text_model
-    tipsv2_vision_model ultrabert umt5 unispeech unispeech-sat vaultgemma videomae vilt
-    vision-text-dual-encoder visual_bert vit vit_mae vit_msn vitdet vivit voxtral_encoder
-    wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm whisper xglm xlm xlm-roberta xlm-roberta-xl
-    xlnet yolos yoso
+    diffllama dinov2 dinov2_with_registers dinov3_convnext dinov3_vit distilbert doge donut-swin
+    dpr dpt electra ernie ernie4_5 ernie4_5_moe esm eurobert exaone4 exaone_moe falcon flaubert
+    flava flint fnet focalnet fsmt funnel gemma gemma2 gemma3_text git glm glm4 glm4_moe
+    glm4_moe_lite glpn gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite
+    granite_docling_text granite_swa groupvit gte helium higgs_audio_v2 hrm_text hubert
+    hunyuan_v1_dense hy_v3 hyperclovax ijepa imagegpt internlm3 internvl_vision iquestcoder
+    jais2 jina_embeddings_v3 laguna layoutlm led lfm2 lilt llama longformer longt5 m2m_100
+    marian markuplm maskformer-swin mbart megatron-bert metaclip_2 ministral ministral3 mistral
+    mlcd mlcd_vision_model mobilebert mobilevit mobilevitv2 modernbert modernbert-decoder
+    molmo2_text moonshine moss_transcribe_diarize_audio mpnet mpt mra mt5 muse_glimmer_text mvp
+    nanochat nemotron nllb-moe nomic_bert nystromformer olmo olmo2 olmo3 openai-gpt opt owlv2
+    owlvit pegasus pegasus_x persimmon phi phi3 pixio pixtral plbart prophetnet pvt pvt_v2
+    qianfan_ocr_vision qwen2 qwen2_audio_encoder qwen3 qwen3_vl_text radio rembert roberta
+    roberta-prelayernorm roc_bert roformer sam_hq_vision_model sam_vision_model sapiens2
+    seed_oss segformer sew sew-d siglip siglip_vision_model smollm3 speech_to_text splinter
+    stablelm starcoder2 swiftformer swin swinv2 switch_transformers t5 t5gemma tapas timesformer
+    tipsv2 tipsv2_text_model tipsv2_vision_model ultrabert umt5 unispeech unispeech-sat
+    vaultgemma videomae vilt vision-text-dual-encoder visual_bert vit vit_mae vit_msn vitdet
+    vivit voxtral_encoder wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm whisper xglm xlm
+    xlm-roberta xlm-roberta-xl xlnet yolos yoso
 """
 FAMILIES = tuple(_FITTED.split())
 
