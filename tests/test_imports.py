@@ -30,7 +30,7 @@ LAYERS = [
     {"ecology.statistics"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
-    {"ecology.report", "ecology.sinks", "ecology.decode"},
+    {"ecology.report", "ecology.sinks", "ecology.decode", "ecology.transfer"},
     {"ecology.console", "ecology.html", "ecology.recorder", "ecology.readers"},
     {"ecology.watch", "ecology.live"},
     {"ecology.monitor"},

@@ -281,3 +281,14 @@ def test_own_thresholds_are_used():
     with ecomoe.Monitor(model, thresholds=Thresholds(core_usage=1, dead_usage=1)) as monitor:
         model(torch.randn(2, 5, 6))
         assert monitor.report().to_dict()["dead"] == {"top1": 4, "topk": 4}
+
+
+def test_classification_tells_specialisation_and_effective_e():
+    model, _ = make()
+    model.eval()
+    (x, y) = next(batches())
+    with torch.no_grad(), ecomoe.Monitor(model) as monitor:
+        monitor.evaluate(outputs=model(x), targets=y)
+        report = monitor.report().to_dict()
+    assert 0 <= report["layers"][0]["specialisation"] <= 1
+    assert report["control"]["e_eff"] == pytest.approx(model.moe.control.effective_e(3), rel=1e-5)

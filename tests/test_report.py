@@ -236,3 +236,15 @@ def test_live_view_without_a_terminal_prints_lines():
     view.close()
     lines = console.file.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 1 eval", "step 2 eval"]
+
+
+def test_stability_over_the_last_reports():
+    records = [make_record(make_layer(name), step=step) for step, name in enumerate("aaaaaaa")]
+    assert Report.from_records(records).to_dict()["stability"] == {
+        "reports": 5,
+        "tier_usage": 0.0,
+        "dead": 0,
+    }
+    records[-1]["layers"][0]["tier"]["usage"]["top1"][0] += 0.25
+    assert Report.from_records(records).to_dict()["stability"]["tier_usage"] == 0.25
+    assert Report(records[0]).to_dict()["stability"] is None

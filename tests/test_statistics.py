@@ -13,6 +13,7 @@ from ecomoe.ecology.statistics import (
     distribution_counts,
     load_entropy,
     max_violation,
+    normalised_mutual_information,
     outcome_counts,
     outcomes_of,
     ratios,
@@ -211,3 +212,21 @@ def test_independent_choices_have_a_lift_of_one():
     torch.testing.assert_close(lift_EE, lift_EE.T)
     assert lift_EE.diagonal().tolist() == [0] * 5
     assert (lift_EE[apart_EE] - 1).abs().max() < 0.1
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=2, max_size=5))
+def test_specialisation_is_within_bounds_and_symmetric(table):
+    counts_EC = torch.tensor(table).double()
+    found = normalised_mutual_information(counts_EC)
+    if found is None:
+        assert min(len(counts_EC[counts_EC.sum(1) > 0]), int((counts_EC.sum(0) > 0).sum())) < 2
+        return
+    assert 0 <= found <= 1
+    assert found == pytest.approx(normalised_mutual_information(counts_EC.T), abs=1e-9)
+
+
+def test_independent_experts_are_not_specialised():
+    counts_EC = torch.tensor([1.0, 2.0, 3.0])[:, None] * torch.tensor([4.0, 1.0])
+    assert normalised_mutual_information(counts_EC) == pytest.approx(0, abs=1e-12)
+    assert normalised_mutual_information(torch.zeros(2, 2)) is None

@@ -18,7 +18,7 @@ from ecomoe.ecology.sinks import JsonlSink
 from ecomoe.ecology.statistics import outcomes_of
 from ecomoe.ecology.taps import PHASES, Phase
 from ecomoe.ecology.taxonomy import Thresholds
-from ecomoe.ecology.watch import Watch
+from ecomoe.ecology.watch import Watch, is_distributed, is_first_process
 from ecomoe.moe import EcoMoE
 from ecomoe.schedule import Schedule, unwrap_optimizer
 
@@ -142,7 +142,7 @@ class Monitor:
             if optimizer is not None:
                 inner = unwrap_optimizer(optimizer)
                 self._step_hook = inner.register_step_post_hook(self._on_optimizer_step)
-            if self.log is not None:
+            if self.log is not None and is_first_process():
                 self._recorder.sink = JsonlSink(self.log)
         except BaseException:
             self.close()
@@ -190,9 +190,16 @@ class Monitor:
         self._readers[module_class] = read
 
     def close(self) -> None:
-        """Report what was counted since the last report, and detach; nothing is left behind."""
+        """Report what was counted since the last report, and detach; nothing is left behind.
+
+        Where several processes train together, all of them must close.
+        """
+        self._detach(last_report=True)
+
+    def _detach(self, *, last_report: bool) -> None:
         try:
-            self._cut(PHASES)
+            if last_report:
+                self._cut(PHASES)
         finally:
             if self._step_hook is not None:
                 self._step_hook.remove()
@@ -205,8 +212,9 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # After an error the other processes may never come to report together.
+        self._detach(last_report=kind is None or not is_distributed())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
         return Monitor(thresholds=self.thresholds, every=self.every, view=self.view)
@@ -229,7 +237,7 @@ class Monitor:
 
     def _end_training(self) -> None:
         self.close()
-        if self.view != "off" and self._recorder.latest:
+        if self.view != "off" and self._recorder.latest and is_first_process():
             self._show(self.report())
 
     # -- counting ----------------------------------------------------------------------------
@@ -245,11 +253,13 @@ class Monitor:
         self._advance(self._schedule.step if self._schedule else self.step_count + 1)
 
     def _advance(self, step: int) -> None:
-        if self._watch is not None and self._watch.evaluated:
+        # Processes report together: only the step is sure to be the same for all of them.
+        together = is_distributed()
+        if self._watch is not None and self._watch.evaluated and not together:
             self._cut(("eval",))
         self.step_count = step
         if self._session is None and step % self.every == 0:
-            self._cut(("train", "generate"))
+            self._cut(PHASES if together else ("train", "generate"))
 
     def evaluate(self, *, outputs: Tensor, targets: Tensor, shift: bool = False) -> None:
         """Count, for each expert, whether the evaluation pass just done was right.
@@ -268,12 +278,17 @@ class Monitor:
         outcomes = outcomes_of(outputs, targets, shift=shift)
         if self._watch is not None:
             with self._watch.guarded():
-                self._watch.evaluate(outcomes)
+                self._watch.evaluate(
+                    outcomes, num_classes=outputs.shape[-1], per_sample=outputs.dim() == 2
+                )
 
     # -- reporting ---------------------------------------------------------------------------
 
     def report(self, phase: Phase | None = None) -> Report:
         """Return a report of what was counted up to now.
+
+        Where several processes train together, it is of the last common report instead, so that
+        one process alone may ask for it.
 
         Args:
             phase: ``"train"``, ``"eval"`` or ``"generate"``; by default evaluation where there
@@ -282,7 +297,8 @@ class Monitor:
         Raises:
             ValueError: No token of that kind was seen.
         """
-        self._cut(PHASES)
+        if not is_distributed():
+            self._cut(PHASES)
         return self._recorder.report(phase)
 
     def _cut(self, phases: Sequence[Phase]) -> Record | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 NUM_PAIRS = 5
+NUM_STABLE = 5
 PREFERENCE = ("eval", "train", "generate")
 TRAJECTORY_KEYS = ("step", "phase", "dead")
 
@@ -84,8 +85,12 @@ class Report:
         write_html(path, self._records)
 
     def to_dict(self) -> Record:
-        """Return the record, with the whole run's ``trajectory`` and ``all_events`` added."""
-        extra = {"trajectory": self._trajectory, "all_events": self._events}
+        """Return the record, with the run's ``trajectory``, ``all_events`` and ``stability``."""
+        extra = {
+            "trajectory": self._trajectory,
+            "all_events": self._events,
+            "stability": stability(self._records, phase=self._record["phase"]),
+        }
         return copy.deepcopy({**self._record, **extra})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -116,6 +121,8 @@ def layer_record(
     thresholds: Thresholds,
     control: Control | None = None,
     extras: Mapping[str, float] | None = None,
+    classes_EC: Tensor | None = None,
+    num_classes: int | None = None,
 ) -> Record:
     """Return the plain data of one layer.
 
@@ -128,6 +135,8 @@ def layer_record(
         thresholds: Unscaled.
         control: The layer's settings, if it has any.
         extras: Scalars of its last call: ``temperature``, and its losses as ``aux.NAME``.
+        classes_EC: Judged tokens by first-choice expert and true class.
+        num_classes: Classes of the task, for E_eff.
     """
     sums = layout.unpack(sums_V)
     counts = {basis: _ints(sums[basis]) for basis in BASES}
@@ -179,7 +188,10 @@ def layer_record(
         "dropped": int(sums["dropped"].item()),
         # Whether the experts were seen to receive what the router decided; null: not looked at.
         "verified": bool(sums["executed"].any()) or None,
-        "control": None if control is None else control_record(control, extras["temperature"]),
+        "specialisation": _specialisation(classes_EC),
+        "control": (
+            None if control is None else control_record(control, extras["temperature"], num_classes)
+        ),
         "auxiliary": {
             key.removeprefix("aux."): _round(value)
             for key, value in extras.items()
@@ -252,14 +264,25 @@ def _top_pairs(pairs_EE: Tensor, topk_E: Tensor) -> list[Record] | None:
     ]
 
 
-def control_record(control: Control, temperature: float) -> Record:
-    """Return E, E at the current temperature and the predicted phase, with the four settings."""
+def _specialisation(classes_EC: Tensor | None) -> float | None:
+    if classes_EC is None:
+        return None
+    found = statistics.normalised_mutual_information(classes_EC)
+    return None if found is None else float(_round(found))
+
+
+def control_record(control: Control, temperature: float, num_classes: int | None = None) -> Record:
+    """Return E, E at the current temperature, the predicted phase and the four settings.
+
+    ``e_eff`` takes the task's complexity into account, where its number of classes is known.
+    """
     opposition = control.oracle_weight + control.balance_weight
     exploration = temperature * control.entropy_weight
     e_now = exploration / opposition if opposition else math.inf
     return {
         "e": _finite(control.e),
         "e_now": _finite(e_now),
+        "e_eff": _finite(control.effective_e(num_classes)) if num_classes else None,
         "predicted_phase": control.phase,
         "temperature": _round(temperature),
         "entropy_weight": control.entropy_weight,
@@ -317,6 +340,31 @@ def prediction_record(layers: Sequence[Record], dead: Mapping[Basis, int]) -> Re
         "phase": phase,
         "agrees": agrees,
         "text": f"{phase}: {expected} predicted, {observed} observed: {verdict}",
+    }
+
+
+def stability(
+    records: Sequence[Record], *, phase: str, num_records: int = NUM_STABLE
+) -> Record | None:
+    """Return how much the ecology moved over the last reports of a phase (section 4.15).
+
+    Returns:
+        The number of ``reports``, the largest range of a tier's top1 usage ``tier_usage``, shares
+        of 1, and the range of the number of ``dead`` experts on top1; ``None`` for one report.
+    """
+    last = [record for record in records if record["phase"] == phase][-num_records:]
+    if len(last) < 2:
+        return None
+    usage: dict[tuple[str, int], list[float]] = {}
+    for record in last:
+        for layer in record["layers"]:
+            for tier, share in enumerate(layer["tier"]["usage"]["top1"]):
+                usage.setdefault((layer["name"], tier), []).append(share)
+    dead = [record["dead"]["top1"] for record in last]
+    return {
+        "reports": len(last),
+        "tier_usage": _round(max(max(values) - min(values) for values in usage.values())),
+        "dead": max(dead) - min(dead),
     }
 
 

@@ -257,6 +257,31 @@ def max_violation(counts: Sequence[float]) -> float:
     return max(usage) * len(usage) - 1 if any(usage) else 0.0
 
 
+def normalised_mutual_information(counts_EC: Tensor) -> float | None:
+    """Return how much an expert tells of a class and a class of an expert, from 0 to 1.
+
+    Their mutual information over the geometric mean of their entropies; ``None`` where one of them
+    never varies. On few tokens it is biased upwards: compare like with like.
+
+    Args:
+        counts_EC: Tokens by expert and class.
+
+    >>> normalised_mutual_information(torch.tensor([[4.0, 0.0], [0.0, 4.0]]))
+    1.0
+    """
+    total = float(counts_EC.sum())
+    if not total:
+        return None
+    joint_EC = counts_EC.double() / total
+    experts_E, classes_C = joint_EC.sum(1), joint_EC.sum(0)
+    parts = (experts_E, classes_C, joint_EC)
+    entropies = [float(torch.special.entr(part).sum()) for part in parts]
+    if min(entropies[:2]) <= 1e-12:
+        return None
+    shared = entropies[0] + entropies[1] - entropies[2]
+    return min(1.0, max(0.0, shared / math.sqrt(entropies[0] * entropies[1])))
+
+
 def wilson_interval(count: float, total: float, *, z: float = 1.96) -> tuple[float, float]:
     """Return the interval that a share ``count / total`` of independent trials may truly have.
 

@@ -23,6 +23,7 @@ from ecomoe.ecology import lockdown, statistics
 from ecomoe.ecology.statistics import Layout, Outcomes
 
 Phase: TypeAlias = Literal["train", "eval", "generate"]
+MAX_CLASSES = 256
 PHASES: tuple[Phase, Phase, Phase] = ("train", "eval", "generate")
 
 
@@ -143,6 +144,8 @@ class LayerTap:
         top_k: Experts per token, as last seen.
         refused: Why the layer cannot be read, if so; it is then left out of reports.
         control: The layer's control settings, if it has any.
+        classes_EC: Judged tokens by first-choice expert and true class, where there are few enough
+            classes (C of them).
     """
 
     control: Control | None = None
@@ -164,6 +167,7 @@ class LayerTap:
         self.refused: str | None = None
         self.seen: list[Seen] = []
         self.sums: dict[Phase, Tensor] = {}
+        self.classes_EC: Tensor | None = None
         if tiers and device is not None:
             self._allocate(device)
 
@@ -274,7 +278,9 @@ class LayerTap:
         if self.seen and self.seen[-1].predicted_N is None and not recomputing():
             self.seen[-1] = self.seen[-1]._replace(predicted_N=predicted_N)
 
-    def judge(self, outcomes: Outcomes, *, easy_above: float, hard_below: float) -> bool:
+    def judge(
+        self, outcomes: Outcomes, *, num_classes: int, easy_above: float, hard_below: float
+    ) -> bool:
         """Count the outcomes of the last evaluation pass by expert.
 
         Returns:
@@ -291,18 +297,37 @@ class LayerTap:
             )
             if predicted_N is not None:
                 correct_N = predicted_N == targets_N
+            if valid_N is not None:
+                known_N = known_N & valid_N
+            if num_classes <= MAX_CLASSES:
+                self._count_classes(first_N, targets_N, known_N, num_classes=num_classes)
             parts = statistics.outcome_counts(
                 first_N,
                 layout=self.layout,
                 correct_N=correct_N,
                 confidence_N=confidence_N,
-                valid_N=known_N if valid_N is None else known_N & valid_N,
+                valid_N=known_N,
                 easy_above=easy_above,
                 hard_below=hard_below,
             )
             sums_V = self.sums["eval"]
             sums_V.add_(self.layout.pack(parts, like=sums_V))
         return len(fits) == len(seen)
+
+    def _count_classes(
+        self, first_N: Tensor, targets_N: Tensor, known_N: Tensor, *, num_classes: int
+    ) -> None:
+        shape = (self.layout.num_experts, num_classes)
+        if self.classes_EC is None or self.classes_EC.shape != shape:
+            with torch.inference_mode(False):
+                self.classes_EC = torch.zeros(
+                    shape, dtype=self.sums["eval"].dtype, device=first_N.device
+                )
+        cells_N = first_N * num_classes + torch.where(known_N, targets_N, 0)
+        counts = statistics.sum_by(
+            cells_N, known_N.to(self.classes_EC.dtype), size=self.classes_EC.numel()
+        )
+        self.classes_EC.add_(counts.view(shape))
 
 
 class RootTap:
@@ -388,44 +413,3 @@ def remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-class Taken(NamedTuple):
-    """What was moved to the host of one layer.
-
-    Attributes:
-        sums: By phase the vector ``(V,)``, fp64.
-        extras: Scalars of the last call, by name.
-    """
-
-    sums: dict[Phase, Tensor]
-    extras: dict[str, float]
-
-
-def take_sums(
-    taps: Sequence[LayerTap], phases: tuple[Phase, ...], *, restart: bool = True
-) -> dict[str, Taken]:
-    """Move the sums to the host, one transfer a device, and start them anew at zero."""
-    taps = [tap for tap in taps if tap.sums]
-    by_device: dict[torch.device, list[Tensor]] = {}
-    extras = {tap.name: tap.extras() for tap in taps}
-    for tap in taps:
-        vectors = [tap.sums[phase] for phase in phases]
-        scalars = [value.to(vectors[0]).reshape(1) for value in extras[tap.name].values()]
-        by_device.setdefault(vectors[0].device, []).extend(vectors + scalars)
-    hosts = {device: iter(_to_host(vectors)) for device, vectors in by_device.items()}
-    taken = {}
-    for tap in taps:
-        host = hosts[tap.sums[phases[0]].device]
-        sums = {phase: next(host) for phase in phases}
-        taken[tap.name] = Taken(sums, {name: next(host).item() for name in extras[tap.name]})
-        if restart:
-            for phase in phases:
-                tap.sums[phase].zero_()
-    return taken
-
-
-def _to_host(vectors: list[Tensor]) -> tuple[Tensor, ...]:
-    sizes = [vector.shape[0] for vector in vectors]
-    host: tuple[Tensor, ...] = torch.cat(vectors).cpu().double().split(sizes)
-    return host

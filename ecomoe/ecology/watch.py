@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from ecomoe.ecology import statistics, taps
+from ecomoe.ecology import statistics, taps, transfer
 from ecomoe.ecology.readers import Reader, find_taps
 from ecomoe.ecology.report import layer_record
 from ecomoe.ecology.statistics import Outcomes
@@ -54,6 +54,7 @@ class Watch:
         self._traffic = Traffic()
         self._outcomes: list[Tensor] = []
         self._judged = False
+        self._num_classes: int | None = None
         self._shift = predicts_next_token(model)
         self._warned: set[str] = set()
         self.taps = find_taps(model, traffic=self._traffic, readers=readers or {})
@@ -87,10 +88,11 @@ class Watch:
             By phase that saw tokens: the records of the layers, and the outcome over all
             predictions.
         """
-        taken = taps.take_sums(self.taps, tuple(phases))
+        taken = transfer.take_sums(self.taps, tuple(phases), reduce=self._reduce())
         for tap in self.taps:
             if tap.refused is not None:
                 self._tell_refusal(tap)
+        metrics = self._metrics() if "eval" in phases else {}
         found: dict[Phase, tuple[list[Record], Record]] = {}
         for phase in phases:
             layers = [
@@ -103,12 +105,14 @@ class Watch:
                     thresholds=self.thresholds,
                     control=tap.control,
                     extras=taken[tap.name].extras,
+                    classes_EC=taken[tap.name].classes_EC if phase == "eval" else None,
+                    num_classes=self._num_classes,
                 )
                 for tap in self.taps
                 if tap.name in taken and self._readable(tap, taken[tap.name].sums[phase])
             ]
             if layers:
-                found[phase] = layers, self._metrics() if phase == "eval" else {}
+                found[phase] = layers, metrics if phase == "eval" else {}
             if phase == "eval":
                 self._traffic.evaluated = False
         return found
@@ -131,23 +135,55 @@ class Watch:
         self._warn(tap.name, f"layer {tap.name!r} is left out of the report: {tap.refused}")
 
     def _metrics(self) -> Record:
-        if not self._outcomes:
+        if not self._outcomes and not is_distributed():
             return {}
-        correct, judged, losses = torch.stack(self._outcomes).sum(0).tolist()
+        device = self.taps[0].sums["eval"].device if self.taps[0].sums else torch.device("cpu")
+        nothing_3 = torch.zeros(3, dtype=statistics.wide_dtype(device), device=device)
+        sums_3 = torch.stack([nothing_3, *(s.to(device) for s in self._outcomes)]).sum(0)
         self._outcomes.clear()
+        if is_distributed():
+            distributed.all_reduce(sums_3)
+        correct, judged, losses = sums_3.tolist()
         if not judged:
             return {}
         return {"accuracy": correct / judged, "loss": losses / judged, "judged": int(judged)}
 
-    def evaluate(self, outcomes: Outcomes) -> None:
-        """Count the outcomes of the evaluation pass just done; the first call for a pass counts."""
+    def _reduce(self) -> transfer.Reduce | None:
+        if not is_distributed():
+            return None
+
+        def reduce(sums_V: Tensor) -> None:
+            # Layers are found at their first call: where a process has not called one, sums differ
+            # in length, and adding them up would mix layers.
+            sizes_2 = torch.tensor([sums_V.shape[0], -sums_V.shape[0]], device=sums_V.device)
+            distributed.all_reduce(sizes_2, op=distributed.ReduceOp.MAX)
+            if (sizes_2.sum() == 0).item():
+                distributed.all_reduce(sums_V)
+            else:
+                self._warn(
+                    "reduce", "processes have called different layers: counts are of this one alone"
+                )
+
+        return reduce
+
+    def evaluate(self, outcomes: Outcomes, *, num_classes: int, per_sample: bool) -> None:
+        """Count the outcomes of the evaluation pass just done; the first call for a pass counts.
+
+        Args:
+            outcomes: Of all predictions.
+            num_classes: Classes that the predictions are of.
+            per_sample: Whether there is one prediction a sample: then classes make the task's
+                complexity, which a vocabulary does not.
+        """
         if self._judged:
             return
         self._judged = True
+        self._num_classes = num_classes if per_sample and num_classes > 1 else None
         matched = True
         for tap in self.taps:
             matched &= tap.judge(
                 outcomes,
+                num_classes=num_classes,
                 easy_above=self.thresholds.easy_confidence,
                 hard_below=self.thresholds.hard_confidence,
             )
@@ -173,11 +209,15 @@ class Watch:
             return
         if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             return  # a regression, or a task whose accuracy is not one class per position
-        self.evaluate(statistics.outcomes_of(logits, labels, shift=self._shift))
+        self.evaluate(
+            statistics.outcomes_of(logits, labels, shift=self._shift),
+            num_classes=logits.shape[-1],
+            per_sample=logits.dim() == 2,
+        )
 
     def sums(self) -> dict[str, Record]:
         """Return the counts that were not taken yet, by layer, as plain data."""
-        taken = taps.take_sums(self.taps, taps.PHASES, restart=False)
+        taken = transfer.take_sums(self.taps, taps.PHASES, restart=False)
         return {
             tap.name: {
                 "tiers": list(tap.tiers),
@@ -231,6 +271,20 @@ class Watch:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(text, stacklevel=3)
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what all have counted."""
+    return not is_distributed() or distributed.get_rank() == 0
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ecomoe
-from ecomoe.ecology import taps
+from ecomoe.ecology import taps, transfer
 
 
 class Block(nn.Module):
@@ -97,18 +97,18 @@ def main() -> None:
 def count_transfers(monitor: ecomoe.Monitor) -> int:
     """Return how often a report moves tensors to the host."""
     calls = 0
-    original = taps._to_host
+    original = transfer._to_host
 
-    def counted(vectors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def counted(*args: object) -> tuple[torch.Tensor, ...]:
         nonlocal calls
         calls += 1
-        return original(vectors)
+        return original(*args)
 
-    taps._to_host = counted
+    transfer._to_host = counted
     try:
         monitor.report()
     finally:
-        taps._to_host = original
+        transfer._to_host = original
     return calls
 
 

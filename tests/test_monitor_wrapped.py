@@ -1,0 +1,75 @@
+"""The monitor on models in wrappers: compiled, LoRA, DDP, FSDP2."""
+
+import monitor_ranks
+import pytest
+import torch
+from families import tiny_model
+from ranks import Ranks
+
+import ecomoe
+from ecomoe.ecology.sinks import read_records
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("how", ["ddp", "ddp-inner", "fsdp"])
+def test_two_processes_report_what_one_would(ranks, how, tmp_path):
+    log = tmp_path / "two.jsonl"
+    found = ranks.run(monitor_ranks.run_wrapped, how, log)
+    alone = monitor_ranks.run_alone(tmp_path / "one.jsonl")
+    for eval_report, train_report in found:
+        assert eval_report["counts"] == alone[0]["counts"]
+        assert eval_report["accuracy"] == alone[0]["accuracy"]
+        assert eval_report["metrics"] == pytest.approx(alone[0]["metrics"], rel=1e-4)
+        assert train_report["counts"] == alone[1]["counts"]
+    # One process writes, once a report.
+    steps = [(record["step"], record["phase"]) for record in read_records(log)]
+    assert steps == [(2, "train"), (3, "train"), (3, "eval")]
+
+
+def test_failing_rank_leaves_no_one_waiting(ranks):
+    assert ranks.run(monitor_ranks.run_failing_on_the_first_alone) == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_wrapper():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = monitor_ranks.Model()
+    compiled = torch.compile(model, backend="aot_eager")
+    x, y = monitor_ranks.batch(0, rank=0)
+    with ecomoe.Monitor(compiled) as monitor:
+        compiled(x).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            monitor.evaluate(outputs=compiled(x), targets=y)
+        (layer,) = monitor.report("train").to_dict()["layers"]
+        assert layer["num_tokens"] == 20
+        report = monitor.report("eval").to_dict()
+    assert report["layers"][0]["num_tokens"] == 20
+    assert sum(report["layers"][0]["judged"]) == 20
+    assert report["metrics"]["judged"] == 20
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_routers_and_experts():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"],
+    )
+    model = peft.get_peft_model(tiny_model("mixtral"), config)
+    ids = torch.randint(1, 60, (2, 6))
+    with ecomoe.Monitor(model) as monitor:
+        model(input_ids=ids).last_hidden_state.sum().backward()
+        layers = monitor.report("train").to_dict()["layers"]
+    assert [layer["name"].split("model.")[-1] for layer in layers] == [
+        f"layers.{i}.mlp" for i in range(3)
+    ]
+    assert all(layer["num_tokens"] == 12 and layer["verified"] for layer in layers)
