@@ -150,22 +150,17 @@ class Parts:
 
     def __call__(self, module: nn.Module) -> Site:
         """Take the block of a module apart."""
-        maps = [name for name in (self.gate, self.up, self.down) if name is not None]
-        linears = [attrgetter(name)(module) for name in maps]
-        gate, up, down = (
-            None if name is None else self.linear(attrgetter(name)(module))
-            for name in (self.gate, self.up, self.down)
-        )
-        assert down is not None
+        names = {"gate": self.gate, "up": self.up, "down": self.down}
+        maps = {key: attrgetter(name)(module) for key, name in names.items() if name is not None}
+        projections = {key: self.linear(linear) for key, linear in maps.items()}
         if self.packed is not None:
-            assert up is not None
-            gate, up = up.split(2) if self.packed == "gate first" else reversed(up.split(2))
-        images = any(isinstance(linear, (nn.Conv1d, nn.Conv2d)) for linear in linears)
+            first, second = projections["up"].split(2)
+            gate, up = (first, second) if self.packed == "gate first" else (second, first)
+            projections |= {"gate": gate, "up": up}
+        images = any(isinstance(linear, (nn.Conv1d, nn.Conv2d)) for linear in maps.values())
         norm = None if self.norm is None else _on_rows(attrgetter(self.norm)(module), images)
         ffn = DenseFFN(
-            up=up,
-            gate=gate,
-            down=down,
+            **projections,
             activation=self._activation(module, images),
             norm=None if isinstance(norm, nn.Identity) else norm,
             dropout=_probability(module, self.dropout),
@@ -194,7 +189,16 @@ class Parts:
 
 
 def _on_rows(module: Any, images: bool) -> Any:
-    """Let a module of image features work on rows, if it tells features apart (a norm does)."""
+    """Let a module of image features work on rows, if it tells features apart (a norm does).
+
+    Raises:
+        Refused: It is a norm over several tokens of one image.
+    """
+    if isinstance(module, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)):
+        raise Refused(
+            f"its {type(module).__name__} normalises hidden features over the whole image, so it "
+            "cannot work token by token"
+        )
     state = module.state_dict().values() if images and isinstance(module, nn.Module) else ()
     return OnRows(module) if any(t.numel() > 1 for t in state) else module
 

@@ -479,6 +479,12 @@ def test_global_response_norm_is_refused_by_name(capsys):
     assert "1 refused, for its global response norm" in capsys.readouterr().out
 
 
+def test_a_norm_over_the_image_is_refused_by_name():
+    model = nn.Sequential(ConvMlp(8, 16, norm_layer=timm.layers.GroupNorm1))
+    with pytest.raises(ValueError, match="its GroupNorm1 normalises hidden features over the"):
+        ecomoe.convert(model)
+
+
 def test_a_wrapped_linear_is_refused_by_name():
     class Wrapped(nn.Module):
         def __init__(self):
