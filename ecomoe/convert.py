@@ -226,6 +226,10 @@ class DenseTwin(nn.Module):
                 dtype=dtype,
             )
 
+    def train(self, mode: bool = True) -> DenseTwin:
+        """Stay in evaluation mode: a batch norm in a teacher learns no statistics."""
+        return super().train(False)
+
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the block's output, ``(N, F)``."""
         return self.expert.all_outputs(x_ND).squeeze(1)

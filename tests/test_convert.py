@@ -378,6 +378,13 @@ def test_dense_oracle_compares_with_a_frozen_copy():
     assert ecomoe.aux_loss(model).isfinite()
 
 
+def test_dense_oracle_stays_in_evaluation_mode():
+    model = Block(lambda: ConvMlp(32, 64, norm_layer=nn.BatchNorm2d)).train()
+    ecomoe.convert(model, oracle="dense", oracle_weight=0.15, verbose=False)
+    dense = model.train().blocks[0]["mlp"].dense
+    assert not any(module.training for module in dense.modules())
+
+
 # What it prints
 
 
