@@ -259,3 +259,34 @@ def test_compiled_in_one_graph(name):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm ViT", "timm ConvNeXt of convolutions"])
+def test_export_with_a_dynamic_batch(name):
+    """Check 24: an exported model takes batches of another size."""
+    torch.manual_seed(0)
+    model = ecomoe.convert(TIMM[name](), init="noise", **SETTINGS).eval()
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        exported = torch.export.export(
+            model, (torch.randn(2, 3, 32, 32),), dynamic_shapes={"x": batch}
+        )
+        x = torch.randn(5, 3, 32, 32)
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_functional_gradient():
+    """Check 24: `torch.func.grad` gives what autograd gives."""
+    torch.manual_seed(0)
+    model = ecomoe.convert(TIMM["timm ViT"](), init="noise", **SETTINGS).eval()
+    x = torch.randn(2, 3, 32, 32)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().mean()
+
+    got = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for gradient, expected in zip(got.values(), want, strict=True):
+        torch.testing.assert_close(gradient, expected)
