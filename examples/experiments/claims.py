@@ -228,7 +228,7 @@ def _temperature(found: Results) -> Verdict:
     ]
     why = f"first (or only) layer: usage changes by at most {first:.2g} points, by arithmetic."
     if not later:
-        return Verdict("reproduced", f"{why} Top-k ignores a positive T, so this shows nothing.")
+        return Verdict("qualified", f"{why} Top-k ignores a positive T, so it says nothing else.")
     why += (
         f" Later layers, whose input passed through earlier gates: up to {max(later):.2g} points."
     )
