@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Literal, TypeAlias
+
+from ecomoe.arguments import LARGEST
 
 __all__ = ["Control", "Phase", "control_parameter", "phase_of"]
 
@@ -144,6 +146,9 @@ class Control:
                 f"anneal_fraction={self.anneal_fraction!r} must be a number in (0, 1]; "
                 "to switch annealing off, set final_temperature equal to temperature"
             )
+        for field in fields(self):
+            # Plain floats: a numpy scalar would reach configurations and logs, which are JSON.
+            object.__setattr__(self, field.name, float(getattr(self, field.name)))
 
     @classmethod
     def from_target(
@@ -327,13 +332,18 @@ def _is_number(value: object) -> bool:
 
 
 def _require_positive(name: str, value: float, remedy: str) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number > 0; {remedy}")
+    if not _is_number(value) or not 0 < value < LARGEST:
+        raise ValueError(
+            f"{name}={value!r} must be a finite number > 0 (and below {LARGEST:g}); {remedy}"
+        )
 
 
 def _require_weight(name: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number >= 0; 0 switches it off")
+    if not _is_number(value) or not 0 <= value < LARGEST:
+        raise ValueError(
+            f"{name}={value!r} must be a finite number >= 0 (and below {LARGEST:g}); "
+            "0 switches it off"
+        )
 
 
 def _complexity_at(function: Callable[[int], float], name: str, num_classes: int) -> float:

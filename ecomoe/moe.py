@@ -6,7 +6,6 @@ expert, M probe tokens, F output features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecomoe import losses
+from ecomoe import arguments, losses
 from ecomoe.auxiliary import AuxiliarySlot, step_version
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
@@ -35,6 +34,8 @@ Oracle = Literal["competence", "dense", "prototype"] | Teacher
 # From the shares of a rank's tokens, and their number, to the shares of all ranks' tokens and the
 # factor on the rank's auxiliary losses; see `ecomoe.distributed.reduce_losses`.
 ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A dense teacher runs every expert; on this many tokens of a batch it is cheap and its mean steady.
 MAX_DENSE_TEACHER_TOKENS = 256
@@ -130,41 +131,47 @@ class EcoMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        tiers = _check_tiers(tiers)
-        _check_size("d_model", d_model)
+        tiers = arguments.tier_sizes(tiers)
+        arguments.size("d_model", d_model)
         if num_classes is not None:
-            _check_size("num_classes", num_classes)
+            arguments.size("num_classes", num_classes)
         if d_hidden is not None or (num_classes is None and d_output is None):
-            _check_size("d_hidden", d_hidden)
+            arguments.size("d_hidden", d_hidden)
         if d_output is not None:
-            _check_size("d_output", d_output)
+            arguments.size("d_output", d_output)
             if num_classes is not None:
                 raise ValueError(
                     f"d_output={d_output} and num_classes={num_classes} both set the output "
                     "features; leave one out"
                 )
-        _check_top_k(top_k, num_experts=sum(tiers))
-        for name, weight in (
-            ("ortho_weight", ortho_weight),
-            ("divergence_weight", divergence_weight),
-            ("z_weight", z_weight),
-            ("strength", strength),
-        ):
-            _check_range(name, weight, low=0.0, high=math.inf)
-        _check_range("dropout", dropout, low=0.0, high=1.0)
-        _check_range("output_dropout", output_dropout, low=0.0, high=1.0)
-        _check_range("warmup_fraction", warmup_fraction, low=0.0, high=1.0)
-        _check_choice("router", router, ROUTERS)
-        if not callable(activation):
-            _check_choice("activation", activation, ACTIVATIONS)
-        for name, flag in (("gated", gated), ("bias", bias)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name}={flag!r} must be True or False; pass a bool")
+        arguments.experts_per_token(top_k, num_experts=sum(tiers))
+        strength = arguments.number("strength", strength)
+        ortho_weight = arguments.number("ortho_weight", ortho_weight)
+        divergence_weight = arguments.number("divergence_weight", divergence_weight)
+        z_weight = arguments.number("z_weight", z_weight)
+        dropout = arguments.number("dropout", dropout, below=1.0)
+        output_dropout = arguments.number("output_dropout", output_dropout, below=1.0)
+        warmup_fraction = arguments.number("warmup_fraction", warmup_fraction, below=1.0)
+        arguments.choice("router", router, ROUTERS)
+        arguments.flag("gated", gated)
+        arguments.flag("bias", bias)
+        if isinstance(activation, type) or not callable(activation):
+            arguments.choice("activation", activation, ACTIVATIONS)
         for name, module in (("hidden_norm", hidden_norm), ("dense", dense)):
             if module is not None and not isinstance(module, nn.Module):
                 raise ValueError(f"{name}={module!r} must be a module; pass an nn.Module or None")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype={dtype} must be a floating dtype; pass e.g. torch.bfloat16")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(
+                f"dtype={dtype} must be a floating dtype of 16 bits or more, one of "
+                f"{', '.join(map(str, DTYPES))}; pass one of these"
+            )
+        if device is not None:
+            try:
+                torch.device(device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"device={device!r} must name a device; pass e.g. 'cpu' or 'cuda:0'"
+                ) from error
         if d_hidden is None and (gated or activation != "gelu" or hidden_norm is not None):
             raise ValueError(
                 f"gated={gated}, activation={activation!r} and hidden_norm={hidden_norm!r} have no "
@@ -431,8 +438,8 @@ class EcoMoE(nn.Module):
                 "oracle='competence' needs experts with heads; give num_classes, or choose "
                 "oracle='prototype'"
             )
-        if oracle is not None and not callable(oracle):
-            _check_choice("oracle", oracle, ("competence", "dense", "prototype"))
+        if isinstance(oracle, type) or not (oracle is None or callable(oracle)):
+            arguments.choice("oracle", oracle, ("competence", "dense", "prototype"))
         if self.control.oracle_weight == 0:
             if oracle is not None:
                 raise ValueError(
@@ -444,6 +451,8 @@ class EcoMoE(nn.Module):
         return "competence" if has_heads else "prototype"
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x is a {type(x).__name__}, not a tensor; pass torch.as_tensor(x)")
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; its last axis must be d_model={self.d_model}: "
@@ -474,37 +483,3 @@ class EcoMoE(nn.Module):
             f"H={control.entropy_weight:.3g}, O={control.oracle_weight:g}, "
             f"B={control.balance_weight:g}), strength={self.strength:g}"
         )
-
-
-def _check_tiers(tiers: object) -> tuple[int, ...]:
-    sizes = tuple(tiers) if isinstance(tiers, (tuple, list)) else ()
-    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(
-            f"tiers={tiers!r} must be a non-empty tuple of positive ints; pass e.g. (8, 4, 4), or "
-            "(16,) for a flat layer"
-        )
-    return sizes
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}={value!r} must be an int >= 1; pass the number of features")
-
-
-def _check_top_k(top_k: object, *, num_experts: int) -> None:
-    if type(top_k) is not int or top_k < 1:
-        raise ValueError(f"top_k={top_k!r} must be an int >= 1; pass the experts per token")
-    if top_k > num_experts:
-        raise ValueError(f"top_k={top_k} must be <= num_experts={num_experts}; lower top_k")
-
-
-def _check_range(name: str, value: object, *, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value < high:  # type: ignore[operator]
-        bound = "a finite number" if high == math.inf else f"a number below {high:g}"
-        raise ValueError(f"{name}={value!r} must be {bound} and >= {low:g}; change {name}")
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; pick one of these")

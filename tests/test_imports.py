@@ -16,6 +16,7 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # From the bottom up: a module imports only from rows above its own in this list. A new module is
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
+    {"arguments"},
     {"control", "hooks", "routing"},
     {"losses", "dispatch"},
     {"routers", "experts"},
@@ -53,6 +54,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 # Beyond the standard library, what a module may need at import time, by its first name.
 THIRD_PARTY = {
+    "arguments": set(),
     "control": set(),
     "ecology": {"torch", "rich", "plotly", "scipy"},
     "integrations": {"torch", "transformers", "timm"},

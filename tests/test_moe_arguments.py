@@ -1,9 +1,11 @@
 """What the layer refuses, and how it says so: value, rule and remedy."""
 
+import dataclasses
 import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,12 @@ REFUSED = [
     ({"num_classes": 0}, ["num_classes=0", ">= 1", "pass"]),
     ({"dtype": torch.int32}, ["dtype=torch.int32", "floating", "pass"]),
     ({"dtype": "bf16"}, ["dtype=bf16", "floating", "pass"]),
+    ({"dtype": torch.float8_e4m3fn}, ["dtype=torch.float8_e4m3fn", "16 bits", "pass"]),
+    ({"device": "abacus"}, ["device='abacus'", "name a device", "pass"]),
+    ({"strength": 1e308}, ["strength=1e+308", "finite", "change strength"]),
+    ({"z_weight": 10**400}, ["z_weight=1000", "finite", "change z_weight"]),
+    ({"target_e": 1e308}, ["target_e=1e+308", "finite", "choose"]),
+    ({"activation": torch.nn.GELU}, ["activation=", "must be one of", "pick"]),
     (
         {"d_hidden": None, "num_classes": 3, "gated": True},
         ["gated=True", "no effect", "leave them out"],
@@ -96,13 +104,28 @@ def test_constructor_refuses(wrong, named):
 
 def test_every_parameter_of_the_constructor_is_refused_at_least_once():
     tried = {name for wrong, _ in REFUSED for name in wrong}
-    # Torch itself judges the device.
-    assert tried == set(inspect.signature(EcoMoE).parameters) - {"device"}
-    with pytest.raises(RuntimeError, match="abacus"):
-        EcoMoE(6, 5, device="abacus")
+    assert tried == set(inspect.signature(EcoMoE).parameters)
+
+
+def test_numpy_scalars_become_plain_numbers():
+    layer = EcoMoE(
+        6,
+        5,
+        tiers=(3, 1),
+        target_e=np.float32(0.5),
+        strength=np.float32(0.25),
+        z_weight=np.int64(1),
+    )
+    for value in (*dataclasses.astuple(layer.control), layer.strength, layer.z_weight):
+        assert type(value) is float
 
 
 class TestForward:
+    @pytest.mark.parametrize("x", [None, [[1.0] * 6], np.zeros((2, 6))])
+    def test_no_tensor(self, x):
+        with pytest.raises(ValueError, match=r"x is a .*, not a tensor; pass"):
+            EcoMoE(6, 5, tiers=(3, 1))(x)
+
     @pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 6, 3), (0,)])
     def test_a_wrong_width(self, shape):
         layer = EcoMoE(6, 5, tiers=(3, 1))
