@@ -33,7 +33,7 @@ LAYERS = [
     {"ecology.events", "ecology.compare", "ecology.taps"},
     {"ecology.report", "ecology.sinks", "ecology.decode", "ecology.transfer"},
     {"ecology.console", "ecology.html", "ecology.recorder", "ecology.readers"},
-    {"ecology.watch", "ecology.live"},
+    {"ecology.watch", "ecology.live", "ecology.callback"},
     {"ecology.monitor"},
     {"ecomoe"},
     {

@@ -173,13 +173,101 @@ def test_error_of_the_monitor_is_told_once_and_training_goes_on(monkeypatch):
         monitor.report()
 
 
-def test_full_disk_does_not_stop_training(monkeypatch, tmp_path):
+def test_full_disk_stops_the_log_alone(monkeypatch, tmp_path):
+    _, expected = watched(every=1)
+
     def fail(self, record):
         raise OSError("no space left")
 
     monkeypatch.setattr("ecomoe.ecology.sinks.JsonlSink.write", fail)
-    with pytest.warns(UserWarning, match="OSError: no space left"):
-        watched(every=1, log=tmp_path / "run.jsonl")
+    with pytest.warns(UserWarning, match="watching goes on: OSError: no space left") as told:
+        _, monitor = watched(every=1, log=tmp_path / "run.jsonl")
+    assert len(told) == 1
+    assert monitor.report("train").to_dict() == expected.report("train").to_dict()
+
+
+def test_removed_folder_stops_the_log_alone(tmp_path):
+    model, _ = make()
+    folder = tmp_path / "runs"
+    with ecomoe.Monitor(model, log=folder / "run.jsonl") as monitor:
+        (folder / "run.jsonl").unlink()
+        folder.rmdir()
+        model(torch.randn(2, 5, 6))
+        with pytest.warns(UserWarning, match="gets no more records of this run"):
+            monitor.report()
+        model(torch.randn(2, 5, 6))
+        assert monitor.report().to_dict()["layers"][0]["num_tokens"] == 10
+
+
+@pytest.mark.parametrize(
+    "log", [5, b"..", "", "/", "a\0b", "/dev/full", __file__ + "/run.jsonl", __file__], ids=repr
+)
+def test_wrong_logs_change_nothing(log):
+    model, optimizer = make()
+    model.moe.set_progress(0.2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="log="):
+        ecomoe.Monitor(model, optimizer=optimizer, total_steps=3, log=log)
+    with pytest.raises(ValueError, match="log="):
+        ecomoe.Monitor(log=log)
+    assert not model._forward_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_step_that_the_optimizer_counts_is_refused():
+    model, optimizer = make()
+    with ecomoe.Monitor(model, optimizer=optimizer, total_steps=9) as monitor:
+        with pytest.raises(ValueError, match=r"step\(\) must not be called .* leave the call out"):
+            monitor.step()
+        assert monitor.step_count == 0
+
+
+def test_resuming_keeps_the_records_of_earlier_runs(tmp_path):
+    log = tmp_path / "run.jsonl"
+
+    def run(monitor, model, num):
+        for x, _ in batches(num):
+            model(x)
+            monitor.step()
+            yield monitor.state_dict()
+
+    model, _ = make()
+    for num in (5, 5):
+        monitor = ecomoe.Monitor(model, log=log, every=1)
+        states = list(run(monitor, model, num))
+        monitor.close()
+    monitor = ecomoe.Monitor(model, log=log, every=1)
+    monitor.load_state_dict(states[2])
+    monitor.close()
+    assert [record["step"] for record in read_records(log)] == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert len(monitor._recorder.records) == 3
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda s: {},
+        lambda s: None,
+        lambda s: s | {"step": "3"},
+        lambda s: {key: s[key] for key in ("step", "sums")},
+        lambda s: s | {"history": {}},
+        lambda s: s | {"history": s["history"] | {"events": [{}]}},
+        lambda s: s | {"sums": {"moe": {}}},
+        lambda s: s | {"sums": {"moe": {"tiers": [2, 2], "sums": {"train": []}}}},
+        lambda s: s | {"sums": {"moe": s["sums"]["moe"] | {"tiers": [4]}}},
+    ],
+)
+def test_broken_states_change_nothing(broken):
+    model, _ = make()
+    with ecomoe.Monitor(model) as monitor:
+        model(torch.randn(2, 5, 6))
+        monitor.step()
+        state = monitor.state_dict()
+        with pytest.raises(ValueError, match="state"):
+            monitor.load_state_dict(broken(copy.deepcopy(state)))
+        assert monitor.state_dict() == state
 
 
 def test_event_handler_may_stop_the_run():

@@ -144,6 +144,25 @@ def test_resuming_gives_the_same_history(tmp_path):
     assert json.dumps(resumed) == json.dumps(whole)
 
 
+def test_checkpoint_comes_after_the_log_of_its_step(tmp_path):
+    def run(name, resume=None):
+        monitor = ecomoe.Monitor(view="off", log=tmp_path / f"{name}.jsonl")
+        settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "max_steps": 4}
+        trainer = make_trainer(tmp_path / name, [monitor], **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return list(read_records(tmp_path / f"{name}.jsonl"))
+
+    whole = run("run")
+    assert run("run", str(tmp_path / "run" / "checkpoint-2")) == whole
+
+
+def test_failed_beginning_leaves_no_hook(tmp_path):
+    trainer = make_trainer(tmp_path, [ecomoe.Monitor(view="off"), ecomoe.Monitor(view="off")])
+    with pytest.raises(ValueError, match="already"):
+        trainer.train()
+    assert not hooks_of(trainer.model)
+
+
 def test_evaluation_alone_needs_no_training(tmp_path):
     trainer = make_trainer(tmp_path, [ecomoe.Monitor(view="off")])
     trainer.evaluate()  # nothing is attached, nothing breaks

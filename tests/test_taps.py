@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ecomoe
 from ecomoe.ecology.statistics import BASES
-from ecomoe.ecology.taps import Hook
+from ecomoe.hooks import ForwardHook
 
 LAYER = {"tiers": (3, 2, 1), "top_k": 2}
 
@@ -163,10 +163,18 @@ def test_copies_are_not_watched(model, copied):
         model(torch.randn(2, 8))
         twin = copied(model)
         twin(torch.randn(2, 8))
-        assert not hooks_of(twin)
+        assert all(hook.action is None for hook in hooks_of(twin))
         assert layers_of(monitor, "train")[0]["num_tokens"] == 2
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(twin.get_parameter(name), parameter)
+
+
+def test_an_exception_of_a_copy_is_its_own(model):
+    with ecomoe.Monitor(model):
+        model.register_forward_hook(lambda *_: None)
+        twin = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            twin(torch.randn(2, 7))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -175,7 +183,7 @@ def test_no_hook_is_left(model, error):
     try:
         with ecomoe.Monitor(model, optimizer=optimizer, total_steps=5):
             model(torch.randn(2, 8))
-            assert any(isinstance(hook, Hook) for hook in hooks_of(model))
+            assert any(isinstance(hook, ForwardHook) for hook in hooks_of(model))
             if error is not None:
                 raise error
     except (RuntimeError, KeyboardInterrupt) as raised:

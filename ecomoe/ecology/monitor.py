@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ecomoe.ecology.callback import callbacks_of, move_up, show
 from ecomoe.ecology.events import Event
 from ecomoe.ecology.readers import Reader
-from ecomoe.ecology.recorder import Recorder
+from ecomoe.ecology.recorder import Recorder, check_keys
 from ecomoe.ecology.report import Report, build_record
-from ecomoe.ecology.sinks import JsonlSink
+from ecomoe.ecology.sinks import JsonlSink, check_log
 from ecomoe.ecology.statistics import outcomes_of
 from ecomoe.ecology.taps import PHASES, Phase
 from ecomoe.ecology.taxonomy import Thresholds
@@ -60,7 +61,8 @@ class Monitor:
         optimizer: Counts the steps. Without it call `step`, or let the Trainer do so.
         total_steps: Optimizer steps of the whole run; drives the schedule of `EcoMoE` layers.
             Leave it out to drive the schedule yourself.
-        log: A JSONL file that gets every record.
+        log: A JSONL file that gets every record, after those of earlier runs. Where it cannot be
+            written any more, watching goes on without it.
         every: Optimizer steps between two reports of the training traffic. In the Trainer its own
             ``logging_steps`` hold instead.
         thresholds: ``"paper"``, ``"relative"`` (to 16 experts) or a `Thresholds`.
@@ -96,6 +98,8 @@ class Monitor:
                 "optimizer and total_steps have no effect without a model; pass the model first, "
                 "or leave them out in a Trainer"
             )
+        if log is not None:
+            check_log(log)
         self.thresholds = Thresholds.named(thresholds)
         self.every = every
         self.on_event = on_event
@@ -131,19 +135,20 @@ class Monitor:
         hooks that come later.
 
         Raises:
-            ValueError: The model has no layer to watch, or is watched by this monitor already.
+            ValueError: The model has no layer to watch, this monitor watches one already, or an
+                argument breaks its rule. Nothing has been changed then.
         """
         if self._watch is not None:
             raise ValueError("the monitor already watches a model; call close() first")
         self._watch = Watch(model, thresholds=self.thresholds, readers=self._readers)
         try:
+            if self.log is not None and is_first_process():
+                self._recorder.sink = JsonlSink(self.log)
             if total_steps is not None and has_eco_layers(model):
                 self._schedule = Schedule(model, total_steps=total_steps, optimizer=optimizer)
             if optimizer is not None:
                 inner = unwrap_optimizer(optimizer)
                 self._step_hook = inner.register_step_post_hook(self._on_optimizer_step)
-            if self.log is not None and is_first_process():
-                self._recorder.sink = JsonlSink(self.log)
         except BaseException:
             self.close()
             raise
@@ -223,27 +228,43 @@ class Monitor:
         self, model: nn.Module, *, args: Any, state: Any, optimizer: Optimizer | None
     ) -> None:
         self.close()
-        self.attach(model)
-        self.step_count = state.global_step
-        saved = state.stateful_callbacks.get(STATE_KEY)
-        if saved is not None and state.global_step:
-            assert self._watch is not None
-            with self._watch.guarded():
-                self.load_state_dict(saved)
-        if has_eco_layers(model):
-            from ecomoe.integrations.trainer import TrainerSession
+        try:
+            self.attach(model)
+            self.step_count = state.global_step
+            saved = state.stateful_callbacks.get(STATE_KEY)
+            if saved is not None and state.global_step:
+                assert self._watch is not None
+                with self._watch.guarded():
+                    self.load_state_dict(saved)
+            if has_eco_layers(model):
+                from ecomoe.integrations.trainer import TrainerSession
 
-            self._session = TrainerSession(model, args=args, state=state, optimizer=optimizer)
+                self._session = TrainerSession(model, args=args, state=state, optimizer=optimizer)
+        except BaseException:
+            # The run does not begin, and the Trainer tells nobody: others have attached already.
+            for callback in (self, *callbacks_of(args, state)):
+                if isinstance(callback, Monitor):
+                    callback._detach(last_report=False)
+            raise
 
     def _end_training(self) -> None:
         self.close()
         if self.view != "off" and self._recorder.latest and is_first_process():
-            self._show(self.report())
+            show(self.report())
 
     # -- counting ----------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Count one optimizer step; only where no optimizer was given."""
+        """Count one optimizer step; only where no optimizer was given.
+
+        Raises:
+            ValueError: The optimizer, or a Trainer, counts the steps already.
+        """
+        if self._step_hook is not None or self._session is not None:
+            raise ValueError(
+                "step() must not be called where the optimizer or a Trainer counts the steps, or "
+                "each would count twice; leave the call out"
+            )
         self._advance(self.step_count + 1)
         if self._schedule is not None:
             self._schedule.advance(self.step_count)
@@ -326,14 +347,6 @@ class Monitor:
         schedule = self._schedule if self._session is None else self._session.schedule
         return None if schedule is None else schedule.progress
 
-    def _show(self, report: Report) -> None:
-        try:
-            from rich.console import Console
-        except ImportError:
-            print(report)
-        else:
-            Console().print(report)
-
     # -- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> Record:
@@ -348,9 +361,13 @@ class Monitor:
         """Go on where the monitor that gave ``state`` stood; records after it are dropped.
 
         Raises:
-            ValueError: The state belongs to a model with other layers.
+            ValueError: It is no state of a monitor, or one of a model with other layers. Nothing
+                has been changed then.
         """
+        check_keys(state, {"step": int, "history": Mapping, "sums": Mapping}, name="state")
+        self._recorder.check_state(state["history"])
         if self._watch is not None:
+            self._watch.check_sums(state["sums"])
             self._watch.load_sums(state["sums"])
         self.step_count = state["step"]
         self._recorder.load_state_dict(state["history"])
@@ -360,7 +377,7 @@ class Monitor:
     def _nothing(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    on_init_end = on_epoch_begin = on_epoch_end = on_step_begin = _nothing
+    on_init_end = on_epoch_begin = on_step_begin = _nothing
     on_pre_optimizer_step = on_optimizer_step = on_substep_end = on_predict = _nothing
     on_save = on_prediction_step = on_push_begin = _nothing
 
@@ -369,15 +386,18 @@ class Monitor:
         self._begin_training(
             kwargs["model"], args=args, state=state, optimizer=kwargs.get("optimizer")
         )
-        move_before_reporters(self, args=args, state=state)
+        move_up(self, callbacks_of(args, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the schedule; keep the state ready for a checkpoint."""
         if self._session is not None:
             self._session.advance(state)
         self._advance(state.global_step)
-        if control.should_save:
-            self._store(state)
+        self._store_if_saving(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the state ready for a checkpoint."""
+        self._store_if_saving(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the evaluation, and keep the state ready for a checkpoint that may follow."""
@@ -388,6 +408,10 @@ class Monitor:
         """Add about ten numbers to what the Trainer logs."""
         if logs is None or "train_runtime" in logs:
             return
+        self._add_to_logs(logs, state)
+        self._store_if_saving(state, control)  # the Trainer saves after it logs
+
+    def _add_to_logs(self, logs: dict[str, float], state: Any) -> None:
         evaluation = any(key.startswith("eval_") for key in logs)
         record = self._cut(("eval",) if evaluation else ("train",))
         added: dict[str, float] = {}
@@ -407,6 +431,10 @@ class Monitor:
         """Report what is left, show the report and detach."""
         self._end_training()
 
+    def _store_if_saving(self, state: Any, control: Any) -> None:
+        if control.should_save:
+            self._store(state)
+
     def _store(self, state: Any) -> None:
         if self._watch is None:
             return
@@ -417,22 +445,3 @@ class Monitor:
 def has_eco_layers(model: nn.Module) -> bool:
     """Whether a model holds layers of this package."""
     return any(isinstance(module, EcoMoE) for module in model.modules())
-
-
-def move_before_reporters(monitor: Monitor, *, args: Any, state: Any) -> None:
-    """Move a callback up in its Trainer's list, right behind the one that decides the flow.
-
-    The Trainer runs TensorBoard and its like before the callbacks of the user, so that what those
-    add to the logs would come too late.
-    """
-    from ecomoe.integrations.trainer import calling_trainer
-
-    trainer = calling_trainer(args, state)
-    if trainer is None:
-        return
-    callbacks = trainer.callback_handler.callbacks
-    flow = [type(callback).__name__ == "DefaultFlowCallback" for callback in callbacks]
-    # What stands before it has had this event already, so nothing is called twice.
-    position = callbacks.index(monitor)
-    target = min(flow.index(True) + 1 if True in flow else 0, position)
-    callbacks.insert(target, callbacks.pop(position))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ecomoe.ecology.events import Event, Memory, detect
 from ecomoe.ecology.report import PREFERENCE, TRAJECTORY_KEYS, Report, scalars, summary_line
-from ecomoe.ecology.sinks import JsonlSink, read_records
+from ecomoe.ecology.sinks import JsonlSink
 from ecomoe.ecology.taxonomy import Thresholds
 
 Record = dict[str, Any]
@@ -27,7 +29,6 @@ class Recorder:
         trajectory: Step, phase and number of DEAD experts of each record so far.
         records: The records so far; of many, the older ones are thinned out.
         latest: The last record of each phase.
-        num_records: Records so far.
         sink: Where records are written, if anywhere.
     """
 
@@ -39,7 +40,6 @@ class Recorder:
         self.trajectory: list[Record] = []
         self.records: list[Record] = []
         self.latest: dict[str, Record] = {}
-        self.num_records = 0
         self.sink: JsonlSink | None = None
         self._memory: Memory = {}
 
@@ -55,14 +55,26 @@ class Recorder:
             half = MAX_RECORDS // 2
             self.records = self.records[:half:2] + self.records[half:]
         self.latest[record["phase"]] = record
-        self.num_records += 1
-        if self.sink is not None:
-            self.sink.write(record)
+        self._write(record)
         if self.view == "lines":
             print(summary_line(record), flush=True)
         elif self.view == "live":
             self._draw(record)
         return events
+
+    def _write(self, record: Record) -> None:
+        if self.sink is None:
+            return
+        try:
+            self.sink.write(record)
+        except (OSError, ValueError) as error:
+            # What a full disk tore off is cut off when the log is opened again.
+            path, self.sink = self.sink.path, None
+            warnings.warn(
+                f"log={os.fspath(path)!r} gets no more records of this run; watching goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
     def _draw(self, record: Record) -> None:
         if self._live is None:
@@ -108,21 +120,61 @@ class Recorder:
     def state_dict(self) -> Record:
         """Return the history as plain data."""
         return {
-            "num_records": self.num_records,
             "events": [event.to_dict() for event in self.events],
             "trajectory": list(self.trajectory),
             "latest": dict(self.latest),
             "memory": self._memory,
+            "log": None if self.sink is None else self.sink.state_dict(),
         }
 
+    @staticmethod
+    def check_state(state: object) -> None:
+        """Check a state before anything is changed.
+
+        Raises:
+            ValueError: It did not come from `state_dict`.
+        """
+        kinds = {"events": list, "trajectory": list, "latest": dict, "memory": dict}
+        checked = check_keys(state, {**kinds, "log": (dict, type(None))}, name="state['history']")
+        places = ("start", "end", "check")
+        if checked["log"] is not None:
+            check_keys(checked["log"], dict.fromkeys(places, int), name="state['history']['log']")
+        for event in checked["events"]:
+            check_keys(
+                event, {"kind": str, "step": int, "phase": str}, name="an event of the state"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; records written after it are dropped from the file."""
-        self.num_records = state["num_records"]
+        """Go on from a state that passes `check_state`; the log drops what was written after it."""
         self.events = [Event(**event) for event in state["events"]]
         self.trajectory = list(state["trajectory"])
         self.latest = dict(state["latest"])
         self.records = list(self.latest.values())
         self._memory = state["memory"]
-        if self.sink is not None:
-            self.sink.rewind(self.num_records)
-            self.records = list(read_records(self.sink.path))[-MAX_RECORDS:] or self.records
+        if self.sink is None or state["log"] is None:
+            return
+        if self.sink.rewind(state["log"]):
+            self.records = list(self.sink.records())[-MAX_RECORDS:]
+        else:
+            warnings.warn(
+                f"log={os.fspath(self.sink.path)!r} does not hold the records that the state was "
+                "saved after, so none is dropped; pass the log of the run that goes on",
+                stacklevel=2,
+            )
+
+
+def check_keys(
+    state: object, kinds: Mapping[str, type | tuple[type, ...]], *, name: str
+) -> Mapping[str, Any]:
+    """Return a part of a saved state, if it has its keys and the values are of the right kinds.
+
+    Raises:
+        ValueError: It did not come from ``state_dict``.
+    """
+    remedy = "pass what Monitor.state_dict() returned"
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{name} is a {type(state).__name__}; it must be a mapping: {remedy}")
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key, ...), kind)]
+    if wrong:
+        raise ValueError(f"{name} must have {', '.join(kinds)}, lacks {', '.join(wrong)}; {remedy}")
+    return state

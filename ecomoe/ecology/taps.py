@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ecomoe.control import Control
 from ecomoe.ecology import lockdown, statistics
 from ecomoe.ecology.statistics import Layout, Outcomes
+from ecomoe.hooks import ForwardHook
 
 Phase: TypeAlias = Literal["train", "eval", "generate"]
 MAX_CLASSES = 256
@@ -45,31 +46,6 @@ class Decision(NamedTuple):
     probs_NE: Tensor | None = None
     temperature: Tensor | float = 1.0
     kept_NK: Tensor | None = None
-
-
-class Hook:
-    """A hook that a copy or a pickle of the model does not take along.
-
-    The copy gets one that does nothing but remove itself when it is first called.
-    """
-
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self.call = call
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        """Be called as a hook; return nothing, for any value would replace the output."""
-        if self.call is not None:
-            self.call(module, *args)
-        elif not torch.compiler.is_compiling():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if hook is self]:
-                    del hooks[key]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
 
 
 class Traffic:
@@ -189,20 +165,29 @@ class LayerTap:
             self.tier_of_E = torch.tensor(tier_of, device=device)
             self.gumbel_ME = lockdown.gumbel_noise(self.layout.num_experts).to(device)
 
-    def load(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
-        """Set the sums to saved ones.
+    def check(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
+        """Check saved sums.
 
         Raises:
             ValueError: They belong to a layer of other tiers.
         """
-        if not self.sums:
-            self.tiers = tiers
-            self._allocate(torch.device("cpu"))  # moves with the first call
-        if tiers != self.tiers:
+        if self.sums and tiers != self.tiers:
             raise ValueError(
                 f"the state has tiers {tiers} for layer {self.name!r} of tiers {self.tiers}; load "
                 "it into a monitor of the same model"
             )
+        size = Layout(sum(tiers), len(tiers)).size
+        if any(len(sums[phase]) != size for phase in PHASES):
+            raise ValueError(
+                f"the state of layer {self.name!r} must have {size} sums in each phase; pass what "
+                "Monitor.state_dict() returned"
+            )
+
+    def load(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
+        """Set the sums to saved ones that pass `check`."""
+        if not self.sums:
+            self.tiers = tiers
+            self._allocate(torch.device("cpu"))  # moves with the first call
         for phase, sums_V in self.sums.items():
             sums_V.copy_(torch.tensor(sums[phase], dtype=sums_V.dtype))
 
@@ -392,12 +377,12 @@ def attach_taps(
     """Register all hooks, each wrapped by ``guard``; on a failure none is left."""
     handles: list[RemovableHandle] = []
     try:
-        before, after = Hook(guard(root.before)), Hook(guard(root.after))
+        before, after = ForwardHook(guard(root.before)), ForwardHook(guard(root.after))
         handles.append(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         handles.append(model.register_forward_hook(after, with_kwargs=True, always_call=True))
         for tap in taps:
             for module, when, call in tap.hooks():
-                hook = Hook(guard(call))
+                hook = ForwardHook(guard(call))
                 if when == "before":
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology import statistics, taps, transfer
 from ecomoe.ecology.readers import Reader, find_taps
+from ecomoe.ecology.recorder import check_keys
 from ecomoe.ecology.report import layer_record
 from ecomoe.ecology.statistics import Outcomes
 from ecomoe.ecology.taps import Phase, RootTap, Traffic
@@ -227,11 +228,11 @@ class Watch:
             if tap.name in taken
         }
 
-    def load_sums(self, state: Mapping[str, Record]) -> None:
-        """Go on from counts that `sums` gave.
+    def check_sums(self, state: Mapping[str, Any]) -> None:
+        """Check counts that `sums` gave before anything is changed.
 
         Raises:
-            ValueError: They belong to a model with other layers.
+            ValueError: They belong to a model with other layers, or are no such counts.
         """
         by_name = {tap.name: tap for tap in self.taps}
         if not set(state) <= set(by_name):
@@ -239,6 +240,15 @@ class Watch:
                 f"the state has layers {sorted(state)}, the model {sorted(by_name)}; load it into "
                 "a monitor of the same model"
             )
+        for name, of_layer in state.items():
+            part = f"state['sums'][{name!r}]"
+            check_keys(of_layer, {"tiers": list, "sums": dict}, name=part)
+            check_keys(of_layer["sums"], dict.fromkeys(taps.PHASES, list), name=part)
+            by_name[name].check(tuple(of_layer["tiers"]), of_layer["sums"])
+
+    def load_sums(self, state: Mapping[str, Record]) -> None:
+        """Go on from counts that pass `check_sums`."""
+        by_name = {tap.name: tap for tap in self.taps}
         for name, of_layer in state.items():
             by_name[name].load(tuple(of_layer["tiers"]), of_layer["sums"])
 
