@@ -89,12 +89,12 @@ def standard_library() -> Text:
 
 
 def _split_text(name: str, content: bytes) -> Text:
-    data = torch.frombuffer(bytearray(content[:MAX_BYTES]), dtype=torch.uint8).long()
-    if len(data) < 20_000:
+    if len(content) < 20_000:
         raise ValueError(
-            f"--data {name} holds {len(data)} bytes; training needs at least 20,000: give a longer "
-            "text"
+            f"--data {name} holds {len(content)} bytes; training needs at least 20,000: give a "
+            "longer text"
         )
+    data = torch.frombuffer(bytearray(content[:MAX_BYTES]), dtype=torch.uint8).long()
     cut = len(data) * 9 // 10
     return Text(name, data[:cut], data[cut:])
 
@@ -130,8 +130,16 @@ def _from_hub(name: str, max_images: int | None) -> Images | Text:
 
 
 def _images(name: str, train, test, max_images: int | None) -> Images:  # type: ignore[no-untyped-def]
-    label_key = next(key for key in ("label", "labels", "fine_label") if key in train.features)
-    image_key = next(key for key in ("image", "img") if key in train.features)
+    keys = []
+    for names in (("label", "labels", "fine_label"), ("image", "img")):
+        present = [key for key in names if key in train.features]
+        if not present:
+            raise ValueError(
+                f"--data {name} has the columns {', '.join(train.features)}; it needs one called "
+                f"{' or '.join(names)}: rename yours"
+            )
+        keys.append(present[0])
+    label_key, image_key = keys
     label = train.features[label_key]
     classes = getattr(label, "names", None) or [str(c) for c in sorted(set(train[label_key]))]
 
@@ -140,6 +148,10 @@ def _images(name: str, train, test, max_images: int | None) -> Images:  # type: 
         pixels = list(part[image_key])
         colours = max(len(image) for image in pixels)  # some sets mix grey and colour images
         pixels = [image.expand(colours, -1, -1) for image in pixels]
+        if len(sizes := {tuple(image.shape) for image in pixels}) > 1:
+            raise ValueError(
+                f"--data {name} has images of {len(sizes)} sizes; all must be of one: resize them"
+            )
         return torch.stack(pixels).float() / 127.5 - 1.0, torch.as_tensor(part[label_key])
 
     return Images(name, tensors(train), tensors(test), list(classes))

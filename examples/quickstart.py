@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console, Group
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +38,41 @@ class Outcome:
     seconds: float
 
 
+class LiveView:
+    """A progress bar with the present ecology at its end, and a line at each evaluation."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.progress = Progress(
+            "[bold]{task.description}",
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            "{task.fields[ecology]}",
+            console=console,
+        )
+        self.task = self.progress.add_task(name, total=steps, ecology="")
+
+    def __enter__(self) -> LiveView:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step)
+
+    def show(self, step: int, quality: str, report: ecomoe.Report | None) -> None:
+        """Print an evaluation and keep its ecology beside the bar."""
+        ecology = ""
+        if report is not None:
+            dead = report.to_dict()["dead"]
+            ecology = f"DEAD top1 {dead['top1']}, topk {dead['topk']}"
+        self.progress.update(self.task, ecology=ecology)
+        self.progress.console.print(f"  step {step:>5}  {quality}  {ecology}", highlight=False)
+
+
 def sparse(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with EcoMoE in place of its FFNs, at equal FLOPs a token."""
     return ecomoe.convert(
@@ -52,15 +87,17 @@ def build_vit(images: Images) -> nn.Module:
     """Return a small ViT that fits the images: 16 patches of digits, 64 of CIFAR-10."""
     from timm.models.vision_transformer import VisionTransformer
 
-    _, channels, size, _ = images.train[0].shape
+    _, channels, *sides = images.train[0].shape
+    size = min(sides)
     return VisionTransformer(
-        img_size=size,
+        img_size=tuple(sides),
         patch_size=2 if size < 16 else 4,
         in_chans=channels,
         num_classes=len(images.classes),
         embed_dim=96,
         depth=4,
         num_heads=4,
+        dynamic_img_pad=True,
     )
 
 
@@ -77,11 +114,12 @@ def train_vit(
     monitor = None
     if log is not None:
         monitor = ecomoe.Monitor(model, optimizer=optimizer, total_steps=steps, log=log)
+    view = LiveView("ViT, EcoMoE" if monitor else "ViT, dense twin", steps)
     began = time.perf_counter()
+    accuracy, report = 0.0, None
     try:
-        with Progress(console=console) as progress:
-            task = progress.add_task("ViT, EcoMoE" if monitor else "ViT, dense twin", total=steps)
-            for step in range(steps):
+        with view:
+            for step in range(1, steps + 1):
                 model.train()
                 rows = torch.randint(len(labels), (batch_size,), generator=generator)
                 batch = shift(pixels[rows], generator)
@@ -93,20 +131,15 @@ def train_vit(
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                progress.advance(task)
-                if monitor and (step + 1) % max(steps // 5, 1) == 0:
+                view.advance(step)
+                if step % max(steps // 5, 1) == 0 or step == steps:
                     accuracy = evaluate_vit(model, images, monitor)
-                    dead = monitor.report().to_dict()["dead"]
-                    progress.console.print(
-                        f"  step {step + 1:>5}  test accuracy {accuracy:.1%}  "
-                        f"DEAD top1 {dead['top1']}, topk {dead['topk']}"
-                    )
-        accuracy = evaluate_vit(model, images, monitor)
-        outcome = Outcome(accuracy, "test accuracy", time.perf_counter() - began)
-        return outcome, monitor.report() if monitor else None
+                    report = monitor.report() if monitor else None
+                    view.show(step, f"test accuracy {accuracy:.1%}", report)
     finally:
         if monitor:
             monitor.close()
+    return Outcome(accuracy, "test accuracy", time.perf_counter() - began), report
 
 
 def shift(batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -156,7 +189,7 @@ def train_gpt(
     model: nn.Module, text: Text, *, steps: int, batch_size: int, log: Path | None
 ) -> tuple[Outcome, ecomoe.Report | None]:
     """Train with the Trainer as it is; the monitor is all that a converted model needs."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     def blocks(data: Tensor, count: int) -> list[dict[str, Tensor]]:
         starts = torch.randint(
@@ -165,7 +198,17 @@ def train_gpt(
         return [{"input_ids": data[s : s + 128], "labels": data[s : s + 128]} for s in starts]
 
     monitor = ecomoe.Monitor(log=log, view="off") if log is not None else None
-    with tempfile.TemporaryDirectory() as folder:
+    view = LiveView("GPT-2, EcoMoE" if monitor else "GPT-2, dense twin", steps)
+
+    class ShowLive(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            view.advance(state.global_step)
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):  # type: ignore[no-untyped-def]
+            report = monitor.report("eval") if monitor else None
+            view.show(state.global_step, f"test loss {metrics['eval_loss']:.3f}", report)
+
+    with tempfile.TemporaryDirectory() as folder, view:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -181,18 +224,22 @@ def train_gpt(
                 logging_steps=max(steps // 5, 1),
                 save_strategy="no",
                 report_to=[],
+                disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
                 seed=0,
             ),
             train_dataset=blocks(text.train, steps * batch_size),
             eval_dataset=blocks(text.test, 128),
-            callbacks=[monitor] if monitor else [],
+            callbacks=[monitor, ShowLive()] if monitor else [ShowLive()],
         )
+        trainer.remove_callback(PrinterCallback)
         began = time.perf_counter()
         trainer.train()
-        loss = trainer.evaluate()["eval_loss"]
-    outcome = Outcome(loss, "test loss, nats a byte", time.perf_counter() - began)
-    return outcome, monitor.report() if monitor else None
+        if steps % max(steps // 5, 1):
+            trainer.evaluate()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    outcome = Outcome(losses[-1], "test loss, nats a byte", time.perf_counter() - began)
+    return outcome, monitor.report("eval") if monitor else None
 
 
 # --- both, with their twins ---------------------------------------------------------------------
@@ -208,8 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="SOURCE",
         help="parquet images, a text file, or a hub data set; may be given twice",
     )
-    parser.add_argument("--vit-steps", type=int, default=500, help="optimizer steps of the ViT")
-    parser.add_argument("--gpt-steps", type=int, default=250, help="optimizer steps of the GPT-2")
+    parser.add_argument("--vit-steps", type=int, default=700, help="optimizer steps of the ViT")
+    parser.add_argument("--gpt-steps", type=int, default=350, help="optimizer steps of the GPT-2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the JSONL logs")
     options = parser.parse_args(arguments)
@@ -220,9 +267,12 @@ def main(arguments: list[str] | None = None) -> None:
         images, text = load(options.data)
     except ValueError as error:
         parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be made a folder ({error}); name another one")
 
-    results = Table(title="Quality beside the dense twin", show_lines=False)
+    results = Table(title="Quality beside the dense twin")
     for heading in ("model", "data", "measure", "EcoMoE", "dense twin", "seconds"):
         results.add_column(heading)
     reports = []
