@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,10 +152,47 @@ def test_tokens_that_fit_no_prediction_get_no_accuracy():
     model.eval()
     monitor = ecomoe.Monitor(model)
     model(torch.randn(3, 5, 6))
-    with pytest.warns(UserWarning, match="no multiple of the predictions"):
+    with pytest.warns(UserWarning, match="7 predictions do not fit .* call evaluate after each"):
         monitor.evaluate(outputs=torch.randn(7, 3), targets=torch.zeros(7).long())
     assert monitor.report().to_dict()["layers"][0]["accuracy"] is None
     monitor.close()
+
+
+@pytest.mark.parametrize("num", [4, 24, 40])
+def test_outputs_of_another_pass_are_not_counted_by_expert(num):
+    model, _ = make()
+    model.eval()
+    with torch.no_grad(), ecomoe.Monitor(model) as monitor:
+        for x, _ in batches(5):
+            model(x)  # eight samples of five tokens
+        with pytest.warns(UserWarning, match=f"{num} predictions do not fit"):
+            monitor.evaluate(outputs=torch.randn(num, 3), targets=torch.zeros(num).long())
+        report = monitor.report().to_dict()
+    assert report["layers"][0]["accuracy"] is None
+    assert report["metrics"]["judged"] == num
+
+
+def test_nan_predictions_are_judged_wrong(tmp_path):
+    model, _ = make()
+    model.eval()
+    log = tmp_path / "run.jsonl"
+    with torch.no_grad(), ecomoe.Monitor(model, log=log) as monitor:
+        model(torch.randn(4, 5, 6))
+        monitor.evaluate(
+            outputs=torch.full((4, 3), float("nan")), targets=torch.tensor([0, 0, -1, 255])
+        )
+        assert monitor.report().to_dict()["metrics"] == {"accuracy": 0, "loss": None, "judged": 2}
+    (record,) = read_records(log)
+    assert record["metrics"]["loss"] is None
+
+
+def test_settings_of_numpy_are_recorded(tmp_path):
+    log = tmp_path / "run.jsonl"
+    layer = ecomoe.EcoMoE(8, 16, tiers=(2, 2), target_e=np.float32(0.5))
+    with ecomoe.Monitor(layer, log=log):
+        layer(torch.randn(3, 8))
+    (record,) = read_records(log)
+    assert record["control"]["e"] == 0.5
 
 
 def test_error_of_the_monitor_is_told_once_and_training_goes_on(monkeypatch):

@@ -148,12 +148,34 @@ def test_outcomes_of_logits():
     assert soft.correct_M.tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_targets_that_are_no_class_are_unknown(dtype):
+    logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]])
+    found = outcomes_of(logits, torch.tensor([0, 255, 0]).to(dtype), shift=True)
+    assert found.valid_M.tolist() == [False, True, False]
+    found = outcomes_of(logits, torch.tensor([0, -1, 2]))
+    assert found.valid_M.tolist() == [True, False, False]
+    assert found.losses_M[1:].tolist() == [0, 0]
+
+
+def test_nan_is_never_correct():
+    found = outcomes_of(torch.full((2, 3), math.nan), torch.tensor([0, 1]))
+    assert found.correct_M.tolist() == [False, False]
+    assert found.valid_M.all()
+
+
 @pytest.mark.parametrize(
     ("outputs", "targets", "message"),
     [
         (torch.zeros(3), torch.zeros(3).long(), "outputs has shape"),
         (torch.zeros(3, 1), torch.zeros(3).long(), "at least two classes"),
         (torch.zeros(3, 2), torch.zeros(4).long(), "targets has shape"),
+        (torch.zeros(3, 2), torch.zeros(3), r"targets is a tensor of torch.float32; .*\.long\(\)"),
+        (torch.zeros(3, 2), torch.zeros(3).bool(), "targets is a tensor of torch.bool"),
+        (torch.zeros(3, 2), [0, 1, 1], "targets is list; it must be a tensor"),
+        (torch.zeros(3, 2), None, "targets is NoneType"),
+        ([[0.0, 1.0]], torch.zeros(1).long(), "outputs is list"),
+        (torch.zeros(3, 2).long(), torch.zeros(3).long(), "outputs is a tensor of torch.int64"),
     ],
 )
 def test_wrong_outcomes(outputs, targets, message):

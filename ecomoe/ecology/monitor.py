@@ -285,16 +285,17 @@ class Monitor:
     def evaluate(self, *, outputs: Tensor, targets: Tensor, shift: bool = False) -> None:
         """Count, for each expert, whether the evaluation pass just done was right.
 
-        No second pass is needed: the routing of the last one is still at hand. A model of
-        transformers that is given ``labels`` is judged without this call.
+        Call it after each batch, with all outputs of it. No second pass is needed: the routing of
+        the last one is still at hand. A model of transformers that is given ``labels`` is judged
+        without this call.
 
         Args:
             outputs: The model's class logits, ``(..., C)``.
-            targets: True classes, ``(...)``; -100 stands for none.
+            targets: True classes, ``(...)``; what is no class, such as -100, stands for none.
             shift: Whether position t predicts the target of t + 1 (causal language models).
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The kinds or the shapes do not fit.
         """
         outcomes = outcomes_of(outputs, targets, shift=shift)
         if self._watch is not None:

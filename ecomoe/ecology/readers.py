@@ -58,7 +58,8 @@ class EcoTap(LayerTap):
     ) -> None:
         if self.traffic.phase_of(module) == "eval":
             first_N = args[1].inverse_S[:: self.top_k]
-            self.observe_predictions(outputs_SF.detach()[first_N].argmax(-1))
+            highest_N, predicted_N = outputs_SF.detach()[first_N].max(-1)
+            self.observe_predictions(torch.where(highest_N.isnan(), -1, predicted_N))
 
 
 class RouterTap(LayerTap):

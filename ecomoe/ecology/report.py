@@ -156,7 +156,7 @@ def layer_record(
     return {
         "name": name,
         "num_experts": layout.num_experts,
-        "tiers": list(layer_tiers),
+        "tiers": [int(size) for size in layer_tiers],
         "top_k": top_k,
         "num_tokens": int(num_tokens),
         "padding": int(sums["padding"].item()),
@@ -276,8 +276,8 @@ def control_record(control: Control, temperature: float, num_classes: int | None
 
     ``e_eff`` takes the task's complexity into account, where its number of classes is known.
     """
-    opposition = control.oracle_weight + control.balance_weight
-    exploration = temperature * control.entropy_weight
+    opposition = float(control.oracle_weight + control.balance_weight)
+    exploration = temperature * float(control.entropy_weight)
     e_now = exploration / opposition if opposition else math.inf
     return {
         "e": _finite(control.e),
@@ -285,9 +285,9 @@ def control_record(control: Control, temperature: float, num_classes: int | None
         "e_eff": _finite(control.effective_e(num_classes)) if num_classes else None,
         "predicted_phase": control.phase,
         "temperature": _round(temperature),
-        "entropy_weight": control.entropy_weight,
-        "oracle_weight": control.oracle_weight,
-        "balance_weight": control.balance_weight,
+        "entropy_weight": float(control.entropy_weight),
+        "oracle_weight": float(control.oracle_weight),
+        "balance_weight": float(control.balance_weight),
     }
 
 
@@ -421,7 +421,8 @@ def _ints(counts: Tensor) -> list[int]:
 
 def _finite(value: float) -> float | None:
     """Return the value, or ``None`` for infinity, which JSON does not know."""
-    return _round(value) if math.isfinite(value) else None
+    found: float | None = _round(float(value))
+    return found
 
 
 def _show(e: float | None) -> str:

@@ -11,6 +11,7 @@ Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M pr
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -55,12 +56,14 @@ class Traffic:
         inside: Whether a forward pass of the whole model is in progress.
         phase: Its kind of traffic.
         evaluated: Whether evaluation passes were seen; the monitor resets it.
+        outputs_shape: Of what the last evaluation pass gave, where that was a tensor or has logits.
     """
 
     def __init__(self) -> None:
         self.inside = False
         self.phase: Phase = "train"
         self.evaluated = False
+        self.outputs_shape: torch.Size | None = None
         self.masks: dict[str, Tensor] = {}
 
     def begin(self, training: bool, inputs: dict[str, Any]) -> None:
@@ -83,6 +86,18 @@ class Traffic:
         """Forget the pass."""
         self.inside = False
         self.masks = {}
+
+    def may_predict(self, num_predictions: int, *, num_classes: int) -> bool:
+        """Whether so many predictions may be all that follow from the last evaluation pass.
+
+        There is one a sample, one for each of several places in it, or, where classes are not the
+        last axis, as many as there are outputs for all classes. If nothing is known, any may.
+        """
+        shape = self.outputs_shape
+        if shape is None or len(shape) < 2:
+            return True
+        leading = [math.prod(shape[:axes]) for axes in range(1, len(shape))]
+        return num_predictions in (*leading, math.prod(shape) / num_classes)
 
     def phase_of(self, module: nn.Module) -> Phase:
         """Return in which traffic a module runs; outside a pass its own mode tells."""
@@ -361,6 +376,8 @@ class RootTap:
         phase = self.traffic.phase
         self.traffic.end()
         if phase == "eval" and outputs is not None:
+            logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+            self.traffic.outputs_shape = logits.shape if isinstance(logits, Tensor) else None
             self.on_outputs(outputs, self._inputs(args, kwargs))
 
 

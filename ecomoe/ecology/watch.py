@@ -5,6 +5,7 @@ Axes: M predictions.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,7 +148,8 @@ class Watch:
         correct, judged, losses = sums_3.tolist()
         if not judged:
             return {}
-        return {"accuracy": correct / judged, "loss": losses / judged, "judged": int(judged)}
+        loss = losses / judged if math.isfinite(losses) else None  # JSON knows no NaN
+        return {"accuracy": correct / judged, "loss": loss, "judged": int(judged)}
 
     def _reduce(self) -> transfer.Reduce | None:
         if not is_distributed():
@@ -180,9 +182,10 @@ class Watch:
             return
         self._judged = True
         self._num_classes = num_classes if per_sample and num_classes > 1 else None
-        matched = True
-        for tap in self.taps:
-            matched &= tap.judge(
+        num_outcomes = outcomes.correct_M.shape[0]
+        fits = self._traffic.may_predict(num_outcomes, num_classes=num_classes)
+        for tap in self.taps if fits else ():
+            fits &= tap.judge(
                 outcomes,
                 num_classes=num_classes,
                 easy_above=self.thresholds.easy_confidence,
@@ -191,15 +194,17 @@ class Watch:
         wide = statistics.wide_dtype(outcomes.valid_M.device)
         sums = (outcomes.correct_M & outcomes.valid_M, outcomes.valid_M, outcomes.losses_M)
         self._outcomes.append(torch.stack([values_M.to(wide).sum() for values_M in sums]))
-        if not matched:
+        if not fits:
             self._warn(
                 "match",
-                "some layers' tokens are no multiple of the predictions, so these layers get no "
-                "accuracy per expert",
+                f"{num_outcomes} predictions do not fit the tokens of the last evaluation pass, so "
+                "they count in the overall accuracy but not by expert; call evaluate after each "
+                "batch, with all outputs of that batch",
             )
 
     def _begin_pass(self) -> None:
         self._judged = False
+        self._traffic.outputs_shape = None
         for tap in self.taps:
             tap.seen.clear()
 
