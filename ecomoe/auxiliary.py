@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,8 +30,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.hooks import ForwardHook
-
-MAX_UNREAD_CALLS = 1024
 
 _UNREAD = (
     "the auxiliary losses of an EcoMoE layer were computed but never used, so nothing balances its "
@@ -51,11 +50,39 @@ _TWICE = (
 )
 
 
+class _Call:
+    """One call's auxiliary loss, which lives as long as the graph of the call's output.
+
+    Attributes:
+        loss: Scalar; without its graph once a backward pass has used that up.
+        num_tokens: Its weight among the calls of a forward pass.
+        read: Whether somebody took the loss.
+        spent: Whether its graph is used up.
+    """
+
+    def __init__(self, loss: Tensor, num_tokens: int) -> None:
+        self.loss = loss
+        self.num_tokens = num_tokens
+        self.read = False
+        self.spent = False
+
+    def spend(self) -> None:
+        """Let go of the graph, unless this backward pass retains it."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.loss = self.loss.detach()
+            self.spent = True
+
+
 class AuxiliarySlot:
     """Where one layer leaves its auxiliary loss.
 
     It belongs to a run, not to the model: copies and pickles of a layer get an empty one, since a
     tensor with a graph can be neither copied nor pickled.
+
+    On the explicit way a call's loss is owned by the graph of the call's output: it is gone when
+    the output is thrown away, and loses its own graph when a backward pass comes through. So a
+    skipped batch reaches no later one, and nothing piles up, whatever the optimizer does. Only the
+    last call's is held here too, since its output may be of no interest to who reads the loss.
 
     Attributes:
         terms: The last call's losses by name, detached scalars, before their weights.
@@ -65,99 +92,162 @@ class AuxiliarySlot:
         self.terms: dict[str, Tensor] = {}
         self.relay: LossRelay | None = None
         self.cell: Tensor | None = None  # the gradient of one token's auxiliary loss
-        self.tokens: Tensor | None = None  # tokens of the calls since the last backward pass
-        self._clear()
+        self.tokens: Tensor | None = None  # tokens of the calls of one forward pass
+        self._calls: list[weakref.ref[_Call]] = []
+        self._last: _Call | None = None
+        self._told: set[str] = set()
+        self._clear_traced()
 
-    def _clear(self) -> None:
+    def _clear_traced(self) -> None:
         self._pending: Tensor | None = None
         self._num_tokens: Tensor | None = None
         self._num_calls = 0
         self._read = False
-        self._version: int | None = None
-        self._spent: list[bool] = []  # non-empty once a backward pass went through what was read
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AuxiliarySlot:
-        return AuxiliarySlot()
 
     def __reduce__(self) -> tuple[type[AuxiliarySlot], tuple[()]]:
         return AuxiliarySlot, ()
 
-    def leave(self, weights_NK: Tensor, loss: Tensor, *, version: int | None) -> Tensor:
-        """Take one call's auxiliary loss; return the gates, which carry it where a relay is armed.
+    def leave(self, weights_NK: Tensor, loss: Tensor) -> Tensor:
+        """Take one call's auxiliary loss; return the gates, whose graph carries or owns it.
 
         Args:
             weights_NK: The gates of this call.
             loss: The call's weighted auxiliary loss, scalar, with its graph.
-            version: The layer's `step_version`.
         """
         if self.cell is not None and self.tokens is not None:
             self.tokens.add_(weights_NK.shape[0])
-            return _Carry.apply(weights_NK, loss, self.cell)  # type: ignore[no-any-return]
-        if not torch.compiler.is_compiling() and _inside_backward():
-            if self._pending is None:
-                warnings.warn(_REENTRANT, stacklevel=2)
+            owned = None
+            if not torch.compiler.is_compiling() and (
+                loss.requires_grad or weights_NK.requires_grad
+            ):
+                assert self.relay is not None
+                owned = self.relay.own_forward()
+            return _Carry.apply(weights_NK, loss, self.cell, owned)  # type: ignore[no-any-return]
+        if _is_traced():
+            self._leave_traced(loss, weights_NK.shape[0])
             return weights_NK
-        if not torch.compiler.is_compiling() and _is_left_over(self._pending):
-            self._clear()
-        # By the number of calls, since the compiler warns where it meets an earlier call's tensor.
-        unread = self._num_calls > 0 and not self._read
-        stepped = version != self._version or self._num_calls >= MAX_UNREAD_CALLS
-        if unread and stepped:
-            warnings.warn(_UNREAD, stacklevel=2)
-        if self._read or stepped:
-            self._clear()
+        if loss.requires_grad and not weights_NK.requires_grad:
+            # A frozen router: a backward pass shall come through the gates all the same.
+            weights_NK = weights_NK.detach().requires_grad_()
+        if _inside_backward():
+            if not self._calls:
+                self._tell(_REENTRANT)
+            return weights_NK
+        self.settle()
+        self._last = _Call(loss, weights_NK.shape[0])
+        self._calls.append(weakref.ref(self._last))
         # Nothing here may save a tensor for backward: a recomputation does not come this far, and
         # checkpointing compares the numbers of tensors saved.
-        weighted = loss * weights_NK.shape[0]
-        num_tokens = loss.new_full((), weights_NK.shape[0])
-        if self._num_calls > 0 and self._pending is not None and self._num_tokens is not None:
-            weighted = self._pending + weighted
-            num_tokens = self._num_tokens + num_tokens
-        self._pending, self._num_tokens = weighted, num_tokens
-        # A number that grows would have the compiler write a graph for each of its values. For the
-        # same reason tokens are counted in a tensor.
-        self._num_calls = 1 if torch.compiler.is_compiling() else self._num_calls + 1
-        self._version = version
-        return weights_NK
+        return _Own.apply(weights_NK, self._last)  # type: ignore[no-any-return]
 
-    def read(
-        self, *, version: int | None, on_gradient: Callable[[Tensor], None] | None = None
-    ) -> Tensor | None:
-        """Return the token-weighted mean over the calls since the last step, or ``None``.
+    def settle(self) -> None:
+        """Drop what is done with; a forward pass in training begins so, with gradients or not."""
+        if _is_traced():
+            return
+        self._clear_traced()
+        last, self._last = self._last, None
+        if last is not None and last.spent and not last.read:
+            self._tell(_UNREAD)
+        del last
+        calls = [(reference, reference()) for reference in self._calls]
+        self._calls = [
+            reference
+            for reference, call in calls
+            if call is not None and not call.read and not call.spent
+        ]
 
-        After a backward pass and a step of the optimizer the value comes without its graph, which
-        is spent: for a log, or because this step left the layer out.
+    def read(self, *, on_gradient: Callable[[Tensor], None] | None = None) -> Tensor | None:
+        """Return the token-weighted mean over the calls that wait for their backward pass.
+
+        After that pass the value comes without its graph: for a log, or because the forward pass
+        left this layer out. ``None`` if there is none.
 
         Args:
-            version: The layer's `step_version`.
             on_gradient: Called in the backward pass, just before it enters the layer.
         """
-        if self._pending is None or self._num_tokens is None:
-            return None
-        self._read = True
-        mean = self._pending / self._num_tokens.clamp_min(1.0)
-        if self._spent and version != self._version:
-            return mean.detach()
-        if self._pending.requires_grad and not torch.compiler.is_compiling():
-            spent = self._spent  # not self: the graph must not hold on to the slot
-            self._pending.register_hook(lambda _: spent.append(True))
-            if on_gradient is not None:
+        if self._pending is not None and self._num_tokens is not None:
+            self._read = True
+            if on_gradient is not None and self._pending.requires_grad:
                 self._pending.register_hook(on_gradient)
-        return mean
+            return self._pending / self._num_tokens.clamp_min(1.0)
+        if _is_traced():
+            return None
+        alive = [call for call in (reference() for reference in self._calls) if call is not None]
+        calls = [call for call in alive if not call.spent] or alive
+        num_tokens = max(sum(call.num_tokens for call in calls), 1)
+        total = None
+        for call in calls:
+            if call.loss.requires_grad and not call.read:
+                # A weak one: the graph must not hold on to what holds it.
+                call.loss.register_hook(partial(_spend, weakref.ref(call)))
+                if on_gradient is not None:
+                    call.loss.register_hook(on_gradient)
+            call.read = True
+            part = call.loss * (call.num_tokens / num_tokens)
+            total = part if total is None else total + part
+        return total
+
+    def _leave_traced(self, loss: Tensor, num_tokens: int) -> None:
+        """Add up the losses of calls in a compiled or transformed function, until they are read.
+
+        What the graph of such a function owns cannot be told, nor when it is used up.
+        """
+        compiling = torch.compiler.is_compiling()
+        if self._read or (not compiling and _is_left_over(self._pending)):
+            self._clear_traced()
+        weighted = loss * num_tokens
+        tokens = loss.new_full((), num_tokens)
+        # By the number of calls, since the compiler warns where it meets an earlier call's tensor.
+        if self._num_calls > 0 and self._pending is not None and self._num_tokens is not None:
+            weighted = self._pending + weighted
+            tokens = self._num_tokens + tokens
+        self._pending, self._num_tokens = weighted, tokens
+        # A number that grows would have the compiler write a graph for each of its values. For the
+        # same reason tokens are counted in a tensor.
+        self._num_calls = 1
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+def _spend(reference: weakref.ref[_Call], grad: Tensor) -> None:
+    call = reference()
+    if call is not None:
+        call.spend()
+
+
+class _Own(torch.autograd.Function):
+    """Identity on the gates, whose graph owns a call and lets it know of a backward pass."""
+
+    @staticmethod
+    def forward(ctx, weights_NK, call):  # type: ignore[no-untyped-def]
+        ctx.call = call
+        return weights_NK.view_as(weights_NK)
+
+    @staticmethod
+    def backward(ctx, grad_NK):  # type: ignore[no-untyped-def]
+        ctx.call.spend()
+        return grad_NK, None
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on the gates; its backward gives ``cell`` times the tokens to the auxiliary loss."""
+    """Identity on the gates; its backward gives ``cell`` times the tokens to the auxiliary loss.
+
+    Its graph owns ``forward_pass``, so that it is known when nobody can go back through that.
+    """
 
     @staticmethod
-    def forward(ctx, weights_NK, loss, cell):  # type: ignore[no-untyped-def]
+    def forward(ctx, weights_NK, loss, cell, forward_pass):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cell)
+        ctx.forward_pass = forward_pass
         return weights_NK.clone()
 
     @staticmethod
     def backward(ctx, grad_NK):  # type: ignore[no-untyped-def]
         (cell,) = ctx.saved_tensors
-        return grad_NK, torch.ops.ecomoe.read_cell(cell, grad_NK), None
+        return grad_NK, torch.ops.ecomoe.read_cell(cell, grad_NK), None, None
 
 
 @torch.library.custom_op("ecomoe::read_cell", mutates_args=())
@@ -173,6 +263,38 @@ def _read_cell(cell: Tensor, grad_NK: Tensor) -> Tensor:
 @_read_cell.register_fake
 def _(cell: Tensor, grad_NK: Tensor) -> Tensor:
     return torch.empty_like(cell)
+
+
+# In a second-order gradient the cell is a constant.
+_read_cell.register_autograd(lambda ctx, grad: (None, None))
+
+
+class _Owned:
+    """Held by a graph, to know by a weak reference when that is gone."""
+
+
+class _ForwardPass:
+    """One forward pass and its tokens by layer; dead once nobody can go back through it."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self._owned: weakref.ref[_Owned] | None = None
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether a graph has held it; one that none ever held may still be needed."""
+        return self._owned is not None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._owned is None or self._owned() is not None
+
+    def own(self) -> _Owned:
+        owned = None if self._owned is None else self._owned()
+        if owned is None:
+            owned = _Owned()
+            self._owned = weakref.ref(owned)
+        return owned
 
 
 class LossRelay:
@@ -223,8 +345,10 @@ class LossRelay:
         self._spent = True
         self._in_recorded_forward = True
         self._num_checked = 0
-        self._told = False
+        self._told: set[str] = set()
         self.num_attached = 0
+        self._passes = [_ForwardPass()]
+        self._divisors: list[Tensor] | None = None
 
     def watch(self, module: nn.Module) -> None:
         """Call `begin_forward` before each forward pass of ``module``, until `close`.
@@ -237,16 +361,26 @@ class LossRelay:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin_forward(self) -> None:
-        """Start a new count of tokens, unless the last forward still waits for its backward."""
+        """Start a new count of tokens; forward passes that wait for their backward keep theirs."""
         self._in_recorded_forward = torch.is_grad_enabled()
-        if not self._spent:
+        if self._spent:
+            for slot in self._slots:
+                assert slot.cell is not None
+                slot.cell.data.zero_()
+            self._passes.clear()
+            self._divisors = None
+            self._spent = False
+        elif torch.is_grad_enabled():
+            self._passes[-1].tokens = [_tokens(slot).clone() for slot in self._slots]
+        else:
             return
         for slot in self._slots:
-            assert slot.cell is not None
-            assert slot.tokens is not None
-            slot.tokens.zero_()
-            slot.cell.data.zero_()
-        self._spent = False
+            _tokens(slot).zero_()
+        self._passes.append(_ForwardPass())
+
+    def own_forward(self) -> object:
+        """Return what the graph of the forward pass under way shall hold on to."""
+        return self._passes[-1].own()
 
     def attach(self, loss: Tensor, *, weight: float = 1.0) -> None:
         """Let the gradient of ``loss``, times ``weight``, reach the auxiliary losses.
@@ -259,7 +393,9 @@ class LossRelay:
         if not loss.requires_grad:
             return
         self.num_attached += 1
-        loss.register_hook(lambda grad: self._fill(grad, weight))
+        # Compiled and checkpointed layers leave it to the loss to own their forward pass.
+        owned = None if self._passes[-1].is_owned else self.own_forward()
+        loss.register_hook(partial(self._fill, weight=weight, owned=owned))
 
     def check(self, remedy: str) -> None:
         """Warn, once, if no final loss was attached since the last check.
@@ -267,20 +403,35 @@ class LossRelay:
         Args:
             remedy: How the owner of the loop mends it; ends the warning.
         """
-        if self.num_attached == self._num_checked and not self._told:
-            self._told = True
-            warnings.warn(f"{_LOST}: {remedy}", stacklevel=2)
+        if self.num_attached == self._num_checked:
+            self.tell(f"{_LOST}: {remedy}")
         self._num_checked = self.num_attached
 
-    def _fill(self, grad: Tensor, weight: float) -> None:
+    def tell(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def _fill(self, grad: Tensor, *, weight: float, owned: object) -> None:
         self._spent = True
+        if self._divisors is None:
+            self._divisors = self._count()
         scale = grad.detach().sum() * weight
-        for slot in self._slots:
+        for slot, divisor in zip(self._slots, self._divisors, strict=True):
             assert slot.cell is not None
-            assert slot.tokens is not None
-            share = scale.to(slot.cell) / slot.tokens.clamp_min(1.0)
             # Through .data: the cell is saved for backward, and must be filled after that.
-            slot.cell.data.copy_(share)
+            slot.cell.data.copy_(scale.to(slot.cell) / divisor)
+
+    def _count(self) -> list[Tensor]:
+        """Return each layer's tokens in the forward passes whose graph is still there."""
+        *earlier, current = self._passes
+        current.tokens = [_tokens(slot).clone() for slot in self._slots]
+        alive = [one.tokens for one in (*earlier, current) if one.is_alive]
+        return [
+            torch.stack(counts).sum(0).clamp_min(1.0)
+            for counts in zip(*(alive or [current.tokens]), strict=True)
+        ]
 
     def _count_unrecorded(
         self, slot: AuxiliarySlot, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -306,57 +457,6 @@ class LossRelay:
                 slot.relay = slot.cell = slot.tokens = None
 
 
-class TermMeans:
-    """Averages the auxiliary losses of a model's layers by name, for a log.
-
-    Sums stay on the device; `compute` waits for it once. A layer called several times in one
-    forward pass is represented by its last call. Nothing is reduced over ranks.
-
-    Args:
-        model: Any module that contains EcoMoE layers.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = list(auxiliary_layers(model))
-        self._sums: dict[tuple[tuple[int, str], ...], tuple[Tensor, int]] = {}
-
-    def add(self) -> None:
-        """Take the losses of the last forward pass."""
-        found = [
-            ((index, name), term)
-            for index, (_, _, slot) in enumerate(self._layers)
-            for name, term in slot.terms.items()
-        ]
-        if not found:
-            return
-        # One stack and one addition, however many layers there are.
-        keys = tuple(key for key, _ in found)
-        device = found[0][1].device
-        values = torch.stack([term.to(device, torch.float32) for _, term in found])
-        total, count = self._sums.get(keys, (torch.zeros_like(values), 0))
-        self._sums[keys] = (total + values, count + 1)
-
-    def compute(self) -> dict[str, float]:
-        """Return the means since the last call by name, and start anew; empty if there are none.
-
-        Each loss is averaged over layers and forward passes, before its weight. ``total`` is what
-        was added to the task loss: weighted, summed over layers, averaged over forward passes.
-        """
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        weighted, passes = 0.0, 0
-        for keys, (values, count) in self._sums.items():
-            passes += count
-            for (index, name), value in zip(keys, values.tolist(), strict=True):
-                layer: Any = self._layers[index][1]
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + count
-                weighted += layer.term_weights()[name] * value
-        self._sums.clear()
-        means = {name: value / counts[name] for name, value in sums.items()}
-        return {**means, "total": weighted / passes} if means else {}
-
-
 def auxiliary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AuxiliarySlot]]:
     """Yield (name, layer, slot) of every layer of ``model`` that computes auxiliary losses."""
     for name, module in model.named_modules():
@@ -370,7 +470,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     For a loop that owns its loss: ``loss = task_loss + ecomoe.aux_loss(model)``. It is 0 in
     evaluation, and 0 with a warning where a Monitor delivers the losses already. Reading it twice
-    in a step returns the same value.
+    in a step returns the same value; after ``backward()`` it comes without its graph.
 
     Args:
         model: Any module that contains EcoMoE layers.
@@ -390,26 +490,19 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
     device = next(layers[0][1].parameters()).device
     total = torch.zeros((), device=device)
-    if not torch.compiler.is_compiling() and any(slot.relay for _, _, slot in layers):
-        warnings.warn(_TWICE, stacklevel=2)
-        return total
+    if not torch.compiler.is_compiling():
+        relays = {slot.relay for _, _, slot in layers if slot.relay is not None}
+        for relay in relays:
+            relay.tell(_TWICE)
+        if relays:
+            return total
     for name, layer, slot in layers:
         if not layer.training:
             continue
-        pending = slot.read(version=step_version(layer), on_gradient=_gathered_check(model, name))
+        pending = slot.read(on_gradient=_gathered_check(model, name))
         if pending is not None:
             total = total + pending.to(device)
     return total
-
-
-def step_version(layer: nn.Module) -> int | None:
-    """Return a number that changes with each optimizer step, at no synchronisation.
-
-    ``None`` while compiling, where versions cannot be read.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    return sum(parameter._version for parameter in layer.parameters())
 
 
 def _gathered_check(model: nn.Module, name: str) -> Callable[[Tensor], None] | None:
@@ -428,6 +521,18 @@ def _is_left_over(pending: Tensor | None) -> bool:
         return False
     ended = functorch.maybe_current_level() is None
     return ended or functorch.is_dead_tensor_wrapper(pending)  # type: ignore[attr-defined]
+
+
+def _tokens(slot: AuxiliarySlot) -> Tensor:
+    assert slot.tokens is not None, "the relay is armed"
+    return slot.tokens
+
+
+def _is_traced() -> bool:
+    """Whether this runs under the compiler or a `torch.func` transform."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _inside_backward() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecomoe import arguments, losses
-from ecomoe.auxiliary import AuxiliarySlot, step_version
+from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
@@ -293,6 +293,8 @@ class EcoMoE(nn.Module):
         weights_NK = routing.weights_NK
         if self.training and torch.is_grad_enabled():
             weights_NK = self._leave_losses(x_ND, routing, y_NKF, targets)
+        elif self.training:
+            self.auxiliary.settle()
         y_NF = combine(y_NKF, weights_NK).to(x.dtype)
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
@@ -319,7 +321,7 @@ class EcoMoE(nn.Module):
         if self.prototypes is not None:
             # These losses alone train them: DDP looks from the output on and would not find them.
             weights_NK = weights_NK + 0.0 * self.prototypes.sum()
-        return self.auxiliary.leave(weights_NK, loss, version=step_version(self))
+        return self.auxiliary.leave(weights_NK, loss)
 
     def auxiliary_terms(
         self,

@@ -29,11 +29,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecomoe.auxiliary import LossRelay, TermMeans
+from ecomoe.auxiliary import LossRelay
 from ecomoe.convert import convert
 from ecomoe.ecology.monitor import Monitor
 from ecomoe.hooks import ForwardHook
 from ecomoe.schedule import Schedule, unwrap_optimizer
+from ecomoe.terms import TermMeans
 
 _REMEDY = (
     "before each backward(), call the task (or criterion) that was given here, and no copy of it"
@@ -130,7 +131,8 @@ class TaskSession:
         loss = final_loss(output)
         if loss.requires_grad:
             self._relay.attach(loss)
-            self._means.add()
+            count = self._means.take()
+            loss.register_hook(lambda _: count())  # a batch that is skipped does not count
 
 
 def final_loss(output: Any) -> Tensor:

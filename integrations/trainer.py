@@ -22,8 +22,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ecomoe.auxiliary import LossRelay, TermMeans
+from ecomoe.auxiliary import LossRelay
 from ecomoe.schedule import Schedule, unwrap_optimizer
+from ecomoe.terms import TermMeans
 
 _REMEDY = (
     "in an overridden training_step, call self.accelerator.backward(loss) instead of "

@@ -158,8 +158,8 @@ class TestSeveralCalls:
             single = copy.deepcopy(layer)
             single(part)
             losses.append(ecomoe.aux_loss(single))
-        for part in parts:
-            layer(part)
+        outputs = [layer(part) for part in parts]
+        assert len(outputs) == 3
         expected = sum(len(p) * loss for p, loss in zip(parts, losses, strict=True)) / 12
         torch.testing.assert_close(ecomoe.aux_loss(layer), expected)
 
@@ -174,8 +174,8 @@ class TestSeveralCalls:
         x = batch()[0]
         layer(x)
         expected = ecomoe.aux_loss(layer).detach()
-        layer(x[:0])
-        layer(x)
+        outputs = layer(x[:0]), layer(x)
+        assert len(outputs[0]) == 0
         torch.testing.assert_close(ecomoe.aux_loss(layer).detach(), expected)
 
 
@@ -220,6 +220,77 @@ class TestExplicit:
         assert model.moes[0].router.score.weight.grad.any()
         assert model.moes[1].router.score.weight.grad is None
 
+    @pytest.mark.parametrize("part", ["reads", "never reads"])
+    @pytest.mark.filterwarnings("ignore:the auxiliary losses .* never used")
+    def test_an_optimizer_that_steps_unseen(self, part):
+        # A fused step leaves the versions of its parameters as they are.
+        layer = EcoMoE(8, 16, tiers=(2, 2))
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        for reads in (part == "reads", True):
+            loss = layer(torch.randn(3, 8)).sum()
+            (loss + ecomoe.aux_loss(layer) if reads else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        # A step that leaves the layer out finds a value without a graph.
+        assert not ecomoe.aux_loss(layer).requires_grad
+
+    @pytest.mark.filterwarnings("ignore:the auxiliary losses .* never used")
+    def test_on_the_last_micro_batch_alone(self):
+        model, expected = Classifier(**EVERY_LOSS), Classifier(**EVERY_LOSS)
+        for read in (False, True):
+            x, targets = batch(int(read))
+            loss = F.cross_entropy(model(x), targets)
+            (loss + ecomoe.aux_loss(model) if read else loss).backward()
+        F.cross_entropy(expected(batch(0)[0]), batch(0)[1]).backward()
+        for moe in expected.moes:
+            moe.auxiliary = type(moe.auxiliary)()
+        (F.cross_entropy(expected(x), targets) + ecomoe.aux_loss(expected)).backward()
+        assert_same(
+            {name: p.grad for name, p in model.named_parameters()},
+            {name: p.grad for name, p in expected.named_parameters()},
+        )
+
+    @pytest.mark.parametrize("num_calls", [1, 3])
+    def test_a_batch_that_is_skipped_leaves_nothing(self, num_calls):
+        model = Classifier(num_calls=num_calls, **EVERY_LOSS)
+        expected = gradients(model, "explicit", [batch(1)])
+        model.zero_grad()
+        for seed, factor in ((0, float("nan")), (1, 1.0)):
+            x, targets = batch(seed)
+            task = F.cross_entropy(model(x * factor), targets)
+            if not task.isfinite():
+                continue
+            (task + ecomoe.aux_loss(model)).backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+
+    def test_a_forward_pass_without_gradients_has_none_of_an_earlier_ones(self):
+        model = Classifier()
+        x, targets = batch()
+        (F.cross_entropy(model(x), targets) + ecomoe.aux_loss(model)).backward()
+        with torch.no_grad():
+            model(x)
+        assert ecomoe.aux_loss(model) == 0
+
+    def test_a_forward_pass_without_gradients_leaves_what_still_waits(self):
+        model = Classifier(**EVERY_LOSS)
+        expected = gradients(model, "explicit", [batch()])
+        model.zero_grad()
+        x, targets = batch()
+        task = F.cross_entropy(model(x), targets)
+        with torch.no_grad():
+            model(batch(1)[0])
+        (task + ecomoe.aux_loss(model)).backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+
+    def test_a_graph_that_is_retained_can_be_read_later(self):
+        model = Classifier(**EVERY_LOSS)
+        expected = gradients(model, "explicit", [batch()])
+        model.zero_grad()
+        x, targets = batch()
+        F.cross_entropy(model(x), targets).backward(retain_graph=True)
+        ecomoe.aux_loss(model).backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+
 
 class TestWarnings:
     def step(self, model, optimizer):
@@ -246,20 +317,21 @@ class TestWarnings:
         with pytest.warns(UserWarning, match="never used"):
             self.step(model, optimizer)
 
-    def test_unread_calls_without_a_step_are_no_reason(self):
-        # Accumulation, and a layer called several times, with the losses read at the end.
+    def test_unread_calls_without_a_backward_pass_are_no_reason(self):
+        # A layer called several times, with the losses read at the end.
         model = Classifier(num_calls=4)
-        for seed in range(3):
-            model(batch(seed)[0])
+        outputs = [model(batch(seed)[0]) for seed in range(3)]
         assert ecomoe.aux_loss(model) > 0
+        assert len(outputs) == 3
 
-    def test_too_many_unread_calls_are(self, monkeypatch):
-        monkeypatch.setattr("ecomoe.auxiliary.MAX_UNREAD_CALLS", 5)
-        layer = EcoMoE(6, 5, tiers=(2, 2), dtype=torch.float64)
-        for _ in range(5):
-            layer(batch()[0])
-        with pytest.warns(UserWarning, match="never used"):
-            layer(batch()[0])
+    def test_unread_is_told_once_a_layer_and_needs_no_step(self):
+        model = Classifier()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for seed in range(4):
+                x, targets = batch(seed)
+                F.cross_entropy(model(x), targets).backward()
+        assert ["never used" in str(warning.message) for warning in told] == [True, True]
 
     def test_reentrant_checkpointing(self):
         model = Classifier(checkpointing=True)
@@ -274,6 +346,7 @@ class TestWarnings:
         model(batch()[0])
         with pytest.warns(UserWarning, match=r"0 here.*count them twice.*drop one"):
             assert ecomoe.aux_loss(model) == 0
+        assert ecomoe.aux_loss(model) == 0  # told once
         relay.close()
 
 
@@ -340,3 +413,44 @@ class TestRelay:
             task = expected[name]
             task = torch.zeros_like(parameter) if task is None else task
             torch.testing.assert_close(parameter.grad, task)
+
+    @pytest.mark.parametrize("skipped_is_bound", [False, True])
+    def test_a_forward_pass_that_is_thrown_away_counts_for_nothing(self, skipped_is_bound):
+        model = Classifier(**EVERY_LOSS)
+        expected = gradients(model, "relay", [batch(0), batch(1)], scale=2.0)
+        model.zero_grad()
+        relay = LossRelay(model)
+        relay.watch(model)
+        for seed, kept in ((0, True), (2, False), (3, False), (1, True)):
+            x, targets = batch(seed, num_tokens=12 + seed % 2)
+            x, targets = (x, targets) if seed != 1 else batch(1)
+            if not skipped_is_bound:
+                loss = None
+            loss = F.cross_entropy(model(x), targets)
+            relay.attach(loss)
+            if kept:
+                loss.backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+        relay.close()
+
+    def test_a_second_order_gradient_of_the_task(self):
+        # As in a gradient penalty; what the relay holds is a constant in it.
+        model = Classifier(**EVERY_LOSS)
+        x, targets = batch()
+        results = []
+        for way in WAYS:
+            model.zero_grad()
+            relay = LossRelay(model) if way == "relay" else None
+            if relay is not None:
+                relay.watch(model)
+            inputs = x.clone().requires_grad_()
+            outputs = model(inputs)
+            (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+            loss = F.cross_entropy(outputs, targets) + slope.square().sum()
+            if relay is None:
+                loss = loss + ecomoe.aux_loss(model)
+            else:
+                relay.attach(loss)
+            loss.backward()
+            results.append({name: p.grad for name, p in model.named_parameters()})
+        assert_same(*results)

@@ -21,7 +21,7 @@ LAYERS = [
     {"losses", "dispatch"},
     {"routers", "experts"},
     {"auxiliary"},
-    {"moe"},
+    {"moe", "terms"},
     {"distributed"},
     {"upcycle"},
     {"sites"},
