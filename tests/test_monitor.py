@@ -359,6 +359,32 @@ def test_state_resumes_to_the_same_history(tmp_path):
     assert resumed == whole
 
 
+def test_state_resumes_the_annealing():
+    def run(num, state=None):
+        model, optimizer = make()
+        with ecomoe.Monitor(model, optimizer=optimizer, total_steps=40) as monitor:
+            if state is not None:
+                monitor.load_state_dict(json.loads(json.dumps(state)))
+            for x, _ in batches(num):
+                (model(x).sum() + ecomoe.aux_loss(model)).backward()
+                optimizer.step()
+            return monitor.state_dict(), monitor.schedule.step, model.moe.temperature.item()
+
+    state, *_ = run(3)
+    assert run(4, state)[1:] == run(7)[1:]
+    model, optimizer = make()
+    with ecomoe.Monitor(model, optimizer=optimizer, total_steps=9) as monitor:
+        with pytest.raises(ValueError, match="total_steps=40, this schedule has 9"):
+            monitor.load_state_dict(state)
+        assert monitor.step_count == 0
+
+
+def test_evaluations_carry_the_progress_of_their_step(tmp_path):
+    watched(log=tmp_path / "run.jsonl", every=4)
+    for record in read_records(tmp_path / "run.jsonl"):
+        assert record["progress"] == pytest.approx(record["step"] / STEPS, rel=1e-5)
+
+
 def test_state_of_another_model_is_refused():
     monitor = ecomoe.Monitor(make()[0])
     with pytest.raises(ValueError, match=r"the state has layers \['moe'\], the model \['0.moe'\]"):

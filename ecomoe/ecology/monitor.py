@@ -120,6 +120,11 @@ class Monitor:
         """All events so far."""
         return list(self._recorder.events)
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule that is driven, if any: by this monitor, or for the Trainer."""
+        return self._schedule or getattr(self._session, "schedule", None)
+
     # -- attaching ---------------------------------------------------------------------------
 
     def attach(
@@ -197,7 +202,9 @@ class Monitor:
     def close(self) -> None:
         """Report what was counted since the last report, and detach; nothing is left behind.
 
-        Where several processes train together, all of them must close.
+        Where several processes train together, all of them must close, and all report together: a
+        process whose watching has stopped with an error leaves the others waiting in their next
+        report, until the process group's timeout ends them.
         """
         self._detach(last_report=True)
 
@@ -246,11 +253,6 @@ class Monitor:
                 if isinstance(callback, Monitor):
                     callback._detach(last_report=False)
             raise
-
-    def _end_training(self) -> None:
-        self.close()
-        if self.view != "off" and self._recorder.latest and is_first_process():
-            show(self.report())
 
     # -- counting ----------------------------------------------------------------------------
 
@@ -345,8 +347,9 @@ class Monitor:
         return record
 
     def _progress(self) -> float | None:
-        schedule = self._schedule if self._session is None else self._session.schedule
-        return None if schedule is None else schedule.progress
+        # The schedule may be a step ahead of what is reported: an evaluation before that step.
+        schedule = self.schedule
+        return None if schedule is None else min(self.step_count / schedule.total_steps, 1.0)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -356,19 +359,26 @@ class Monitor:
             "step": self.step_count,
             "history": self._recorder.state_dict(),
             "sums": {} if self._watch is None else self._watch.sums(),
+            "schedule": None if self.schedule is None else dict(self.schedule.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor that gave ``state`` stood; records after it are dropped.
 
         Raises:
-            ValueError: It is no state of a monitor, or one of a model with other layers. Nothing
-                has been changed then.
+            ValueError: It is no state of a monitor, or one of a model with other layers or of
+                another ``total_steps``. Nothing has been changed then.
         """
-        check_keys(state, {"step": int, "history": Mapping, "sums": Mapping}, name="state")
+        optional = (dict, type(None))
+        check_keys(
+            state, {"step": int, "history": dict, "sums": dict, "schedule": optional}, name="state"
+        )
         self._recorder.check_state(state["history"])
         if self._watch is not None:
             self._watch.check_sums(state["sums"])
+        if self._schedule is not None and state["schedule"] is not None:
+            self._schedule.load_state_dict(state["schedule"])
+        if self._watch is not None:
             self._watch.load_sums(state["sums"])
         self.step_count = state["step"]
         self._recorder.load_state_dict(state["history"])
@@ -394,11 +404,11 @@ class Monitor:
         if self._session is not None:
             self._session.advance(state)
         self._advance(state.global_step)
-        self._store_if_saving(state, control)
+        self._store(state, saving=control.should_save)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the state ready for a checkpoint."""
-        self._store_if_saving(state, control)
+        self._store(state, saving=control.should_save)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the evaluation, and keep the state ready for a checkpoint that may follow."""
@@ -410,7 +420,7 @@ class Monitor:
         if logs is None or "train_runtime" in logs:
             return
         self._add_to_logs(logs, state)
-        self._store_if_saving(state, control)  # the Trainer saves after it logs
+        self._store(state, saving=control.should_save)  # the Trainer saves after it logs
 
     def _add_to_logs(self, logs: dict[str, float], state: Any) -> None:
         evaluation = any(key.startswith("eval_") for key in logs)
@@ -430,14 +440,12 @@ class Monitor:
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report what is left, show the report and detach."""
-        self._end_training()
+        self.close()
+        if self.view != "off" and self._recorder.latest and is_first_process():
+            show(self.report())
 
-    def _store_if_saving(self, state: Any, control: Any) -> None:
-        if control.should_save:
-            self._store(state)
-
-    def _store(self, state: Any) -> None:
-        if self._watch is None:
+    def _store(self, state: Any, *, saving: bool = True) -> None:
+        if self._watch is None or not saving:
             return
         with self._watch.guarded():
             state.stateful_callbacks[STATE_KEY] = self.state_dict()
