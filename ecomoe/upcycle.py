@@ -151,7 +151,8 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
         init: ``"upcycle"`` copies (Komatsuzaki et al. 2023, arXiv:2212.05055). ``"noise"`` adds to
             each copy normal noise. ``"partial"`` draws a share of each expert's hidden features
             afresh, with the mean and deviation of what they replace: Drop-Upcycling (Nakamura et
-            al. 2025, arXiv:2502.19261). ``"random"`` draws all, as `nn.Linear` does.
+            al. 2025, arXiv:2502.19261). ``"random"`` draws all, with the deviation of the block's
+            weights around 0: a block that was just initialised is initialised anew.
         amount: For noise, its standard deviation over that of the weights; for partial, the share
             of hidden features drawn afresh, in [0, 1]. Else without effect.
     """
@@ -165,7 +166,7 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
         for parameter in proj.parameters():
             parameter.requires_grad_(any(source.trainable for source in dense))
         if init == "random":
-            proj.reset_parameters()
+            _draw_all(proj, dense)
     if init == "random":
         return
     num_experts, _, width = down.weight.shape
@@ -210,6 +211,15 @@ def _copy_rows(
             for row, source in zip(rows, sources, strict=True)
         ]
         first.bias[expert].copy_(torch.cat(biases))
+
+
+def _draw_all(proj: ExpertLinear, sources: list[Projection]) -> None:
+    for rows, source in zip(proj.weight.chunk(len(sources), dim=1), sources, strict=True):
+        rows.copy_(torch.randn_like(rows) * source.weight.std())
+    if proj.bias is not None:
+        for rows, source in zip(proj.bias.chunk(len(sources), dim=1), sources, strict=True):
+            deviation = 0.0 if source.bias is None else source.bias.std()
+            rows.copy_(torch.randn_like(rows) * deviation)
 
 
 def _add_noise(proj: ExpertLinear, amount: float) -> None:
