@@ -21,8 +21,10 @@ import inspect
 import os
 import runpy
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +34,7 @@ from torch.optim import Optimizer
 from ecomoe.auxiliary import LossRelay
 from ecomoe.convert import convert
 from ecomoe.ecology.monitor import Monitor
+from ecomoe.ecology.watch import is_distributed
 from ecomoe.hooks import ForwardHook
 from ecomoe.schedule import Schedule, unwrap_optimizer
 from ecomoe.terms import TermMeans
@@ -45,7 +48,8 @@ class TaskSession:
     """One training run in which a timm task, or a criterion, returns the final loss.
 
     It delivers the auxiliary losses, drives the schedule with the optimizer's steps and, with a
-    monitor, counts the experts' usage. It may be used in a ``with`` block, which closes it.
+    monitor, counts the experts' usage. It may be used in a ``with`` block, which closes it. Keep
+    it as long as training goes on: one that nobody holds any more closes by itself.
 
     Args:
         task: A `timm.task.TrainingTask`, or any module whose forward returns the final loss: as a
@@ -87,9 +91,10 @@ class TaskSession:
         if model is None:
             model = getattr(task, "get_trainable_module", lambda: task)()
         inner = unwrap_optimizer(optimizer)
-        self._relay = LossRelay(model)
-        self._means = TermMeans(model)
-        self._undo: list[Callable[[], None]] = [self._relay.close]
+        # No hook holds the session itself, so that one that is dropped can close.
+        relay, means = LossRelay(model), TermMeans(model)
+        self._means = means
+        self._undo: list[Callable[[], None]] = [relay.close]
         try:
             if monitor is None:
                 self.schedule = Schedule(model, total_steps=total_steps, optimizer=optimizer)
@@ -98,15 +103,16 @@ class TaskSession:
                 self._undo.append(monitor.close)
                 monitor.attach(model, optimizer=optimizer, total_steps=total_steps)
                 self.schedule = monitor._schedule  # type: ignore[assignment]
-            self._relay.watch(root)
+            relay.watch(root)
             hooks = (
-                task.register_forward_hook(ForwardHook(self._take_loss)),
-                inner.register_step_post_hook(lambda *_: self._relay.check(_REMEDY)),
+                task.register_forward_hook(ForwardHook(partial(_take_loss, relay, means))),
+                inner.register_step_post_hook(lambda *_: relay.check(_REMEDY)),
             )
             self._undo += [hook.remove for hook in hooks]
         except BaseException:
             self.close()
             raise
+        weakref.finalize(self, _abandon, self._undo, monitor).atexit = False
 
     def auxiliary_logs(self) -> dict[str, float]:
         """Return the means of the auxiliary losses by name since the last call.
@@ -118,8 +124,7 @@ class TaskSession:
 
     def close(self) -> None:
         """Take back every hook; calling it again, or after an exception in training, is fine."""
-        while self._undo:
-            self._undo.pop()()
+        _run_all(self._undo)
 
     def __enter__(self) -> TaskSession:
         return self
@@ -127,12 +132,25 @@ class TaskSession:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _take_loss(self, task: nn.Module, args: Any, output: Any) -> None:
-        loss = final_loss(output)
-        if loss.requires_grad:
-            self._relay.attach(loss)
-            count = self._means.take()
-            loss.register_hook(lambda _: count())  # a batch that is skipped does not count
+
+def _take_loss(relay: LossRelay, means: TermMeans, task: nn.Module, args: Any, output: Any) -> None:
+    loss = final_loss(output)
+    if loss.requires_grad:
+        relay.attach(loss)
+        count = means.take()
+        loss.register_hook(lambda _: count())  # a batch that is skipped does not count
+
+
+def _run_all(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _abandon(undo: list[Callable[[], None]], monitor: Monitor | None) -> None:
+    if monitor is not None and undo:
+        # Processes drop their sessions at different times, too late to report together.
+        monitor._detach(last_report=not is_distributed())
+    _run_all(undo)
 
 
 def final_loss(output: Any) -> Tensor:

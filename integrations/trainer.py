@@ -30,10 +30,12 @@ _REMEDY = (
     "in an overridden training_step, call self.accelerator.backward(loss) instead of "
     "loss.backward()"
 )
+# All that a trainer does after on_train_begin, but for callbacks between epochs.
+_STAGES = ("_run_epoch", "_evaluate", "_finalize_training")
 
 
 class TrainerSession:
-    """One run of ``trainer.train()``, from ``on_train_begin`` to ``on_train_end``.
+    """One run of ``trainer.train()``, from ``on_train_begin`` to ``on_train_end`` or an exception.
 
     It delivers the auxiliary losses, averages them for the log, and drives the schedule. The
     trainer's own loss stays the task loss. Everything that it changes on the accelerator, the
@@ -50,6 +52,7 @@ class TrainerSession:
         state: The trainer's `TrainerState`, as the callback gets it.
         optimizer: The optimizer, as the callback gets it, where there is one.
         trainer: The trainer; by default found as the caller.
+        on_failure: Called when an exception ends training, after which no callback is.
 
     Attributes:
         schedule: The share of training done, from ``state.global_step / state.max_steps``. A
@@ -68,6 +71,7 @@ class TrainerSession:
         state: Any,
         optimizer: Optimizer | None = None,
         trainer: Any = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         trainer = calling_trainer(args, state) if trainer is None else trainer
         if trainer is None:
@@ -86,6 +90,7 @@ class TrainerSession:
         self._means = TermMeans(model)
         self._undo: list[Callable[[], None]] = [self._relay.close]
         self._counts_steps = False
+        self._on_failure = on_failure
         try:
             self._enter(trainer, args, state, optimizer)
         except BaseException:
@@ -112,6 +117,9 @@ class TrainerSession:
             return result
 
         self._wrap(trainer.accelerator, "backward", backward)
+        for name in _STAGES:
+            if hasattr(trainer, name):
+                self._wrap(trainer, name, self._run_stage)
         if optimizer is not None:
             try:
                 inner = unwrap_optimizer(optimizer)
@@ -120,6 +128,15 @@ class TrainerSession:
             hook = inner.register_step_post_hook(lambda *_: self._relay.check(_REMEDY))
             self._undo.append(hook.remove)
             self._counts_steps = True
+
+    def _run_stage(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            self.close()
+            if self._on_failure is not None:
+                self._on_failure()
+            raise
 
     def advance(self, state: Any) -> None:
         """Follow the trainer; call it after each optimizer step, in ``on_step_end``."""

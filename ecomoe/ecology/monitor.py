@@ -246,7 +246,13 @@ class Monitor:
             if has_eco_layers(model):
                 from ecomoe.integrations.trainer import TrainerSession
 
-                self._session = TrainerSession(model, args=args, state=state, optimizer=optimizer)
+                self._session = TrainerSession(
+                    model,
+                    args=args,
+                    state=state,
+                    optimizer=optimizer,
+                    on_failure=lambda: self._detach(last_report=not is_distributed()),
+                )
         except BaseException:
             # The run does not begin, and the Trainer tells nobody: others have attached already.
             for callback in (self, *callbacks_of(args, state)):

@@ -1,5 +1,6 @@
 """What a training session leaves behind (nothing), survives, and refuses."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -63,13 +64,37 @@ class Failing(RecordingTrainer):
         return super().training_step(*args, **kwargs)
 
 
-def test_nothing_is_left_after_an_exception_and_close():
+def test_nothing_is_left_after_an_exception():
     trainer = trainer_for(tiny_gpt2(), texts(4), trainer_class=Failing)
     with pytest.raises(KeyError):
         trainer.train()
-    assert not nothing_left(trainer)
-    trainer.recorder.session.close()
     assert nothing_left(trainer)
+    assert not {"_run_epoch", "_evaluate", "_finalize_training"} & set(vars(trainer))
+    trainer.recorder.session.close()
+
+
+class Interrupting(TrainerCallback):
+    def __init__(self, event):
+        setattr(self, event, self.interrupt)
+
+    def interrupt(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_epoch_end", "on_train_end"])
+def test_a_new_trainer_and_monitor_go_on_after_an_interruption(event):
+    model = tiny_gpt2()
+    for interrupted in (True, False):
+        trainer = trainer_for(model, texts(4))
+        trainer.remove_callback(trainer.recorder)
+        if interrupted:
+            trainer.add_callback(Interrupting(event))
+        monitor = ecomoe.Monitor(view="off")
+        trainer.add_callback(monitor)
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            trainer.train()
+        assert nothing_left(trainer)
+    assert monitor.step_count == 2
 
 
 def test_training_again_works():

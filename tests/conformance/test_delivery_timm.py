@@ -1,7 +1,9 @@
 """In timm's tasks, and in its script, the auxiliary gradient is that of one big batch, too."""
 
 import copy
+import gc
 import json
+import math
 import sys
 from textwrap import dedent
 
@@ -96,6 +98,38 @@ def test_router_gradient_in_a_task(kind, steps):
             loss.backward()
         gradient = router_gradient(task.get_trainable_module())
     assert relative_error(gradient, reference(TASKS[kind](vit()), data)) < 1e-5
+
+
+def test_a_session_that_nobody_holds_any_more_is_closed():
+    task = classification(vit())
+    model = task.get_trainable_module()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor = ecomoe.Monitor(view="off")
+    session = TaskSession(task, optimizer=optimizer, total_steps=10, monitor=monitor)
+    task(*images(1)[0])["loss"].backward()
+    assert all(layer.auxiliary.relay for layer in layers(model))
+    del session
+    gc.collect()
+    assert not any(layer.auxiliary.relay for layer in layers(model))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.modules())
+    assert not optimizer._optimizer_step_post_hooks
+    TaskSession(task, optimizer=optimizer, total_steps=10).close()
+
+
+def test_a_batch_that_is_skipped_is_in_no_gradient_and_no_log():
+    data = images(2)
+    task = classification(vit())
+    model = task.get_trainable_module()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with TaskSession(task, optimizer=optimizer, total_steps=10) as session:
+        for input, target in (data[0], (data[1][0] * float("nan"), data[1][1]), data[1]):
+            loss = task(input, target)["loss"] / 2
+            if loss.isfinite():
+                loss.backward()
+        gradient = router_gradient(model)
+        logs = session.auxiliary_logs()
+    assert relative_error(gradient, reference(classification(vit()), data)) < 1e-5
+    assert all(math.isfinite(value) for value in logs.values())
 
 
 def test_router_gradient_with_a_loss_scaler():
