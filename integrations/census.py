@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +31,10 @@ from ecomoe.sites import find_blocks
 
 # Few experts, so that the converted models stay small.
 SETTINGS: dict[str, Any] = {"tiers": (2, 1, 1), "top_k": 2, "verbose": False}
+
+# A model for images of more than twice this height is run on images of it, where its class takes a
+# size; patches of 14 and of 16 divide it.
+PIXELS = 224
 
 # Of a model with more parameters only the first and the last block are converted for a run.
 MAX_PARAMETERS = 50_000_000
@@ -183,7 +188,12 @@ def check_timm(entry: Entry) -> Entry:
     torch.manual_seed(0)
     try:
         model: Any = timm.create_model(entry.name)
-        x = torch.randn(2, *_input_size(model))
+        size = _input_size(model)
+        if size[-1] > 2 * PIXELS:
+            with suppress(TypeError):  # not every model takes a size
+                model = timm.create_model(entry.name, img_size=PIXELS)
+                size = (size[0], PIXELS, PIXELS)
+        x = torch.randn(2, *size)
         blocks, reached, difference = check(model, lambda m: m(x))
     except Exception as problem:
         return replace(entry, error=_line(problem), checked=True)
