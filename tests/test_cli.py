@@ -79,7 +79,7 @@ def test_compare(run, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_bytes(run.read_bytes())
     assert cli.main(["compare", str(run), str(other), "--margin", "0.2"]) == 0
-    assert "same (accuracy" in capsys.readouterr().out.replace("\n", " ")
+    assert "same (accuracy" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["compare", str(run), str(other), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 1
 
