@@ -23,8 +23,5 @@ class ForwardHook:
         """Run the action."""
         return None if self.action is None else self.action(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
-        return ForwardHook()
-
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
         return ForwardHook, ()

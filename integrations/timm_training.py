@@ -31,11 +31,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecomoe.auxiliary import LossRelay
 from ecomoe.convert import convert
 from ecomoe.ecology.monitor import Monitor
 from ecomoe.ecology.watch import is_distributed
 from ecomoe.hooks import ForwardHook
+from ecomoe.relay import LossRelay
 from ecomoe.schedule import Schedule, unwrap_optimizer
 from ecomoe.terms import TermMeans
 

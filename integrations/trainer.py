@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ecomoe.auxiliary import LossRelay
+from ecomoe.relay import LossRelay
 from ecomoe.schedule import Schedule, unwrap_optimizer
 from ecomoe.terms import TermMeans
 

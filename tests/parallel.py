@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import ecomoe
-from ecomoe.auxiliary import LossRelay
 from ecomoe.distributed import (
     ExpertParallel,
     clip_grad_norm,
@@ -34,6 +33,7 @@ from ecomoe.distributed import (
     parallelize_experts,
     reduce_losses,
 )
+from ecomoe.relay import LossRelay
 
 EVERY_LOSS = {
     "oracle_weight": 0.5,

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import ecomoe
 from ecomoe import EcoMoE
-from ecomoe.auxiliary import LossRelay, auxiliary_layers
+from ecomoe.auxiliary import auxiliary_layers
+from ecomoe.relay import LossRelay
 
 WAYS = ["explicit", "relay"]
 

@@ -12,7 +12,8 @@ from classifier import EVERY_LOSS, Classifier, batch
 from torch.nn import functional as F
 
 import ecomoe
-from ecomoe.auxiliary import LossRelay, auxiliary_layers
+from ecomoe.auxiliary import auxiliary_layers
+from ecomoe.relay import LossRelay
 from ecomoe.terms import TermMeans
 
 WAYS = ["explicit", "relay"]

@@ -21,7 +21,7 @@ LAYERS = [
     {"losses", "dispatch"},
     {"routers", "experts"},
     {"auxiliary"},
-    {"moe", "terms"},
+    {"moe", "relay", "terms"},
     {"distributed"},
     {"upcycle"},
     {"sites"},

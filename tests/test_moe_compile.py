@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ecomoe
 from ecomoe import EcoMoE
-from ecomoe.auxiliary import LossRelay
+from ecomoe.relay import LossRelay
 
 MAX_GRAPHS = 3
 TEMPERATURES = [3.0, 1.5, 0.7, 0.3]

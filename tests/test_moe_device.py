@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ecomoe
 from ecomoe import EcoMoE
-from ecomoe.auxiliary import LossRelay
+from ecomoe.relay import LossRelay
 
 KINDS = {
     "plain": {},

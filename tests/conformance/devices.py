@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ecomoe
-from ecomoe.auxiliary import LossRelay
 from ecomoe.distributed import parallelize_experts, reduce_losses
 from ecomoe.integrations.tiny import inputs_for, tiny_model
+from ecomoe.relay import LossRelay
 
 BATCH = 4
 DDP = {
