@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ecomoe.experts import Activation
 from ecomoe.moe import EcoMoE
@@ -92,8 +93,13 @@ def linear_map(linear: Any) -> Projection:
     """Take the weights of an `nn.Linear`, or of a convolution that is one at each pixel.
 
     Raises:
-        Refused: It is neither.
+        Refused: It is neither, or something hangs on it that experts would lose.
     """
+    if is_parametrized(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        raise Refused(
+            f"its {type(linear).__name__} carries a parametrization or hooks (weight or spectral "
+            "norm, pruning, ...), which experts would lose; remove them first"
+        )
     plain = any(
         isinstance(linear, cls) and type(linear).forward is cls.forward
         for cls in (nn.Linear, nn.Conv1d, nn.Conv2d)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,7 @@ def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
     """
     from transformers import PreTrainedModel
 
+    _own_configurations(model)
     seen = set()  # a model with a head shares its configuration with its base
     for name, part in model.named_modules():
         if not isinstance(part, PreTrainedModel) or id(part.config) in seen:
@@ -68,6 +70,17 @@ def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
             records = [*(getattr(part.config, "ecomoe", None) or []), {**record, "blocks": blocks}]
             part.config.ecomoe = records
             _mark(part.config)
+
+
+def _own_configurations(model: nn.Module) -> None:
+    """Give a model copies of its configurations: a dense twin may have been built from the same."""
+    from transformers import PreTrainedConfig
+
+    copies: dict[int, Any] = {}  # one copy of each, also where one configuration holds another
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.config = deepcopy(config, copies)  # type: ignore[assignment]
 
 
 def _base_prefix(model: Any) -> str:

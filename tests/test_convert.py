@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ecomoe
 from ecomoe.sites import find_blocks
@@ -547,3 +548,19 @@ def test_blocks_are_found_in_order():
     found, refused = find_blocks(gpt2())
     assert [block.name for block in found] == [f"transformer.h.{i}.mlp" for i in range(3)]
     assert not refused
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: linear.register_forward_hook(lambda *hooked: None),
+    ],
+)
+def test_what_hangs_on_a_linear_map_is_not_lost_in_silence(attach):
+    model = vit()
+    attach(model.blocks[0].mlp.fc1)
+    with pytest.raises(ValueError, match="remove them first"):
+        ecomoe.convert(model, layers="blocks.0.mlp", verbose=False)

@@ -102,6 +102,17 @@ def test_base_model_loads_from_one_with_a_head(tmp_path):
     assert_same_state(loaded, model.transformer)
 
 
+def test_a_twin_built_from_the_same_configuration_stays_dense(tmp_path):
+    dense = tiny_model("gpt2", auto="AutoModelForCausalLM")
+    twin = type(dense)(dense.config)
+    ecomoe.convert(twin, verbose=False)
+    assert getattr(dense.config, "ecomoe", None) is None
+    assert twin.config is twin.transformer.config
+    dense.save_pretrained(tmp_path)
+    loaded = type(dense).from_pretrained(tmp_path)
+    assert not any(isinstance(module, ecomoe.EcoMoE) for module in loaded.modules())
+
+
 def test_a_model_inside_another_module_is_marked_too(tmp_path):
     class Classifier(nn.Module):
         def __init__(self):
