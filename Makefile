@@ -13,7 +13,8 @@ demo: .venv/installed
 	$(BIN)/python -m examples.quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	# A process a core: with more threads than cores they would wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
