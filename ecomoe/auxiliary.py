@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 _UNREAD = (
     "the auxiliary losses of an EcoMoE layer were computed but never used, so nothing balances its "
-    "experts: add ecomoe.aux_loss(model) to the loss before backward(), or attach ecomoe.Monitor"
+    "experts: add ecomoe.aux_loss(model) to the loss before backward(), or let ecomoe.Monitor in a "
+    "transformers Trainer, or a TaskSession around a timm task, deliver them"
 )
 _REENTRANT = (
     "the auxiliary losses of an EcoMoE layer are lost under reentrant checkpointing, which "
-    "computes them only inside backward(): use checkpoint(..., use_reentrant=False) or attach "
-    "ecomoe.Monitor"
+    "computes them only inside backward(): use checkpoint(..., use_reentrant=False), or let "
+    "ecomoe.Monitor in a transformers Trainer, or a TaskSession, deliver them"
 )
 _TWICE = (
     "ecomoe.aux_loss(model) is 0 here because a Monitor already delivers the auxiliary losses; "

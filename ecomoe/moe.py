@@ -285,8 +285,12 @@ class EcoMoE(nn.Module):
         """
         self._check_input(x)
         x_ND = x.reshape(-1, self.d_model)
+        # Copies: the schedule writes into the buffers, also while a graph still waits for backward.
+        temperature = self.temperature.clone()
         random_routing = self.random_routing if self.training else None
-        routing: Routing = self.router(x_ND, self.temperature, random_routing)
+        if random_routing is not None:
+            random_routing = random_routing.clone()
+        routing: Routing = self.router(x_ND, temperature, random_routing)
         plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
         x_SD = scatter_to_experts(x_ND, plan, top_k=self.top_k)
         y_NKF = unsort_slots(self.experts(x_SD, plan), plan, top_k=self.top_k)
@@ -342,7 +346,7 @@ class EcoMoE(nn.Module):
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
         if control.entropy_weight > 0 and self.strength > 0:
-            terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature)
+            terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
         if control.oracle_weight > 0 and self.strength > 0:
             terms["oracle"] = self._oracle_loss(x_ND, logits_NE, targets)
         if self.prototypes is not None:

@@ -122,7 +122,13 @@ def _from_hub(name: str, max_images: int | None) -> Images | Text:
             f"--data {name} is no file, no folder, and could not be loaded from the hub ({error}); "
             "check the spelling, or leave --data out"
         ) from error
-    test = next(parts[key] for key in ("test", "validation", "valid") if key in parts)
+    tests = [key for key in ("test", "validation", "valid") if key in parts]
+    if "train" not in parts or not tests:
+        raise ValueError(
+            f"--data {name} has the splits {', '.join(parts)}; it needs train, and test or "
+            "validation: choose another set"
+        )
+    test = parts[tests[0]]
     if "text" in test.features:
         lines = "\n".join([*parts["train"]["text"], *test["text"]])
         return _split_text(name, lines.encode())

@@ -4,7 +4,8 @@
     python -m examples.quickstart --data path/to/cifar10 --data path/to/text.txt
 
 Each model trains beside a dense twin: the same model before conversion, on the same batches, with
-experts half as wide as the dense FFN, so that two experts a token cost what the dense FFN costs.
+experts half as wide as the dense FFN, so that two experts a token cost what the dense FFN costs;
+the router comes on top.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class LiveView:
 
 
 def sparse(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` with EcoMoE in place of its FFNs, at equal FLOPs a token."""
+    """Return a copy of ``model`` with EcoMoE in place of its FFNs, two half as wide as they."""
     return ecomoe.convert(
         copy.deepcopy(model), target_e=0.545, tiers=(8, 4, 4), init="random", expert_width=0.5
     )
@@ -180,7 +181,6 @@ def build_gpt() -> nn.Module:
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        loss_type="ForCausalLM",
     )
     return GPT2LMHeadModel(config)
 

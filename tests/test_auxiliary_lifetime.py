@@ -130,3 +130,11 @@ class TestTermMeans:
         assert computed["z"] == pytest.approx(sum(expected) / 6)
         assert computed["total"] == pytest.approx(sum(totals) / 3)
         assert means.compute() == {}
+
+
+def test_a_kept_result_survives_the_schedule():
+    layer = ecomoe.EcoMoE(8, 16, tiers=(2, 2), warmup_fraction=0.1)
+    kept = layer(torch.randn(3, 8))
+    layer.set_progress(0.5)
+    (layer(torch.randn(3, 8)).sum() + ecomoe.aux_loss(layer)).backward()
+    assert kept.requires_grad
