@@ -82,6 +82,13 @@ def test_layer_that_is_never_called_is_told():
         census.check(Idle(), lambda m: m(torch.ones(1, 8)))
 
 
+def test_a_model_that_blows_up_rounding_is_compared_in_fp64(monkeypatch):
+    monkeypatch.setattr(census, "BOUND", 0.0)
+    entry = census.check_timm(census.Entry("test_vit", "vision_transformer"))
+    assert entry.double
+    assert entry.difference < 1e-12
+
+
 def test_smallest_takes_the_cheapest_that_converts():
     entries = [
         census.Entry("a", "g", blocks=2, cost=5),
