@@ -298,6 +298,8 @@ def aux_loss(model: nn.Module) -> Tensor:
         ValueError: The model has no EcoMoE layer. Also in ``backward()`` of a model under FSDP2, if
             it starts from this loss alone.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} must be an nn.Module; pass the model itself")
     layers = list(auxiliary_layers(model))
     if not layers:
         raise ValueError(

@@ -7,7 +7,6 @@ replacing is undone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,10 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ecomoe import arguments
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE, Oracle
 from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
+
+# A guard against slips: no memory holds the experts that lie beyond.
+MAX_EXPERT_WIDTH = 1000
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,6 +96,7 @@ def convert(
             cannot be a mixture of experts. The model is as it was.
     """
     _check_module(model)
+    arguments.flag("verbose", verbose)
     amount = _check_init(init, init_amount)
     _check_expert_width(expert_width)
     found, refused = find_blocks(model)
@@ -399,7 +403,7 @@ def _check_init(init: object, amount: object) -> float:
             f"init_amount={amount!r} has no effect with init={init!r}; leave it out, or choose "
             f"init={' or '.join(repr(name) for name in DEFAULT_AMOUNTS)}"
         )
-    most = 1.0 if init == "partial" else math.inf
+    most = 1.0 if init == "partial" else arguments.LARGEST
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= most:
         raise ValueError(
             f"init_amount={amount!r} must be a number from 0 to {most:g} with init={init!r}; "
@@ -410,8 +414,8 @@ def _check_init(init: object, amount: object) -> float:
 
 def _check_expert_width(width: object) -> None:
     number = isinstance(width, (int, float)) and not isinstance(width, bool)
-    if not number or not 0 < width < math.inf:  # type: ignore[operator]
+    if not number or not 0 < width <= MAX_EXPERT_WIDTH:  # type: ignore[operator]
         raise ValueError(
-            f"expert_width={width!r} must be a finite number > 0, the width of an expert over that "
-            "of the dense block; 1 keeps it, 0.5 halves it"
+            f"expert_width={width!r} must be a number > 0 and at most {MAX_EXPERT_WIDTH}, the "
+            "width of an expert over that of the dense block; 1 keeps it, 0.5 halves it"
         )

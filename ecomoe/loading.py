@@ -51,6 +51,11 @@ def from_pretrained(
     Raises:
         ValueError: The directory holds no converted model, or an argument has no effect on it.
     """
+    if not isinstance(directory, (str, PathLike)):
+        raise ValueError(
+            f"directory={directory!r} must be a path; pass the directory that the model was "
+            "saved in"
+        )
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} must be a file; pass the directory that the model was saved in")

@@ -109,10 +109,10 @@ class Schedule:
         Raises:
             ValueError: `state` did not come from `state_dict`, or is of a run of another length.
         """
-        if set(state) != set(ScheduleState.__annotations__):
+        if not isinstance(state, Mapping) or set(state) != set(ScheduleState.__annotations__):
             raise ValueError(
-                f"state has the keys {sorted(state)}; it must have step and total_steps: pass what "
-                "state_dict() returned"
+                f"state={state!r} does not come from a schedule; it must have step and "
+                "total_steps: pass what state_dict() returned"
             )
         if state["total_steps"] != self.total_steps:
             raise ValueError(

@@ -320,7 +320,7 @@ def select_blocks(
     elif layers == "every other":
         chosen = found[1::2]
     else:
-        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        several = isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping))
         wanted = list(layers) if several else [layers]  # type: ignore[arg-type]
         names = {name for want in wanted for name in _names_meant(want, found, refused)}
         chosen = [block for block in found if block.name in names]

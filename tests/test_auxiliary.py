@@ -455,3 +455,8 @@ class TestRelay:
             loss.backward()
             results.append({name: p.grad for name, p in model.named_parameters()})
         assert_same(*results)
+
+
+def test_no_model():
+    with pytest.raises(ValueError, match=r"model=None must be an nn\.Module; pass"):
+        ecomoe.aux_loss(None)

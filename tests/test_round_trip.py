@@ -408,3 +408,8 @@ def test_generation_with_and_without_cache(model_type):
     noisy = converted(model_type, auto)
     cached = noisy.generate(**ids, **settings, use_cache=True)
     assert torch.equal(cached, noisy.generate(**ids, **settings, use_cache=False))
+
+
+def test_no_directory():
+    with pytest.raises(ValueError, match="directory=None must be a path; pass"):
+        ecomoe.from_pretrained(None)
