@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ecomoe import arguments
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
-from ecomoe.moe import EcoMoE, Oracle
+from ecomoe.moe import EcoMoE
+from ecomoe.oracle import Oracle
 from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 

@@ -7,7 +7,7 @@ expert, M probe tokens, F output features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,15 @@ from ecomoe.experts import (
     HeadExperts,
     autocast_dtype,
 )
+from ecomoe.oracle import Oracle, choose_oracle, imitation_loss
 from ecomoe.routers import ROUTERS, keep_wide
 from ecomoe.routing import Routing
 
-Teacher = Callable[[Tensor], Tensor]
-Oracle = Literal["competence", "dense", "prototype"] | Teacher
 # From the shares of a rank's tokens, and their number, to the shares of all ranks' tokens and the
 # factor on the rank's auxiliary losses; see `ecomoe.distributed.reduce_losses`.
 ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# A dense teacher runs every expert; on this many tokens of a batch it is cheap and its mean steady.
-MAX_DENSE_TEACHER_TOKENS = 256
 
 
 class EcoMoE(nn.Module):
@@ -197,7 +193,12 @@ class EcoMoE(nn.Module):
         self.divergence_weight = divergence_weight
         self.z_weight = z_weight
         self.warmup_fraction = warmup_fraction
-        self.oracle = self._check_oracle(oracle, dense)
+        self.oracle = choose_oracle(
+            oracle,
+            oracle_weight=self.control.oracle_weight,
+            has_heads=num_classes is not None,
+            dense=dense,
+        )
 
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.router = ROUTERS[router](
@@ -348,7 +349,16 @@ class EcoMoE(nn.Module):
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
         if control.oracle_weight > 0 and self.strength > 0:
-            terms["oracle"] = self._oracle_loss(x_ND, logits_NE, targets)
+            assert self.oracle is not None
+            terms["oracle"] = imitation_loss(
+                self.oracle,
+                x_ND,
+                logits_NE,
+                experts=self.experts,
+                dense=self.dense,
+                prototypes_ED=self.prototypes,
+                targets=targets,
+            )
         if self.prototypes is not None:
             wide_ND = x_ND.to(self.prototypes.dtype)
             terms["prototype"] = losses.prototype_loss(wide_ND, self.prototypes, expert_ids_NK)
@@ -381,80 +391,6 @@ class EcoMoE(nn.Module):
         for name, term in terms.items():
             total = total + weights[name] * term
         return total
-
-    def _oracle_loss(self, x_ND: Tensor, logits_NE: Tensor, targets: Tensor | None) -> Tensor:
-        if self.oracle == "dense":
-            # Evenly spaced tokens, not random ones: evaluation and resuming stay reproducible.
-            stride = max(-(-x_ND.shape[0] // MAX_DENSE_TEACHER_TOKENS), 1)
-            x_ND, logits_NE = x_ND[::stride], logits_NE[::stride]
-        with torch.no_grad():
-            teacher_NE = self._teacher(x_ND, targets, dtype=logits_NE.dtype)
-        if teacher_NE.shape != logits_NE.shape:
-            raise ValueError(
-                f"oracle returned shape {tuple(teacher_NE.shape)}; it must give one "
-                f"distribution over experts per token, {tuple(logits_NE.shape)}"
-            )
-        return losses.oracle_loss(logits_NE, teacher_NE)
-
-    def _teacher(self, x_ND: Tensor, targets: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-        if self.oracle == "competence":
-            return self._competence_teacher(x_ND, targets, dtype=dtype)
-        if self.oracle == "dense":
-            assert self.dense is not None
-            return losses.dense_teacher(
-                self.experts.all_outputs(x_ND).to(dtype), self.dense(x_ND).to(dtype)
-            )
-        if self.oracle == "prototype":
-            assert self.prototypes is not None
-            return losses.prototype_teacher(x_ND.to(self.prototypes.dtype), self.prototypes)
-        assert callable(self.oracle)
-        return self.oracle(x_ND)
-
-    def _competence_teacher(
-        self, x_ND: Tensor, targets: Tensor | None, *, dtype: torch.dtype
-    ) -> Tensor:
-        if targets is None:
-            raise ValueError(
-                "targets=None, but oracle='competence' compares the experts' losses on them; call "
-                "layer(x, targets=labels) in training, or choose oracle='prototype'"
-            )
-        if targets.numel() != x_ND.shape[0]:
-            raise ValueError(
-                f"targets has {targets.numel()} entries for {x_ND.shape[0]} tokens; it must hold "
-                "one class id per token"
-            )
-        outputs_NEF = self.experts.all_outputs(x_ND).to(dtype)
-        targets_NE = targets.reshape(-1, 1).expand(-1, self.num_experts)
-        losses_NE = F.cross_entropy(outputs_NEF.transpose(1, 2), targets_NE, reduction="none")
-        return losses.competence_teacher(losses_NE)
-
-    def _check_oracle(self, oracle: Oracle | None, dense: nn.Module | None) -> Oracle | None:
-        has_heads = self.num_classes is not None
-        if oracle == "dense" and dense is None:
-            raise ValueError(
-                "dense=None, but oracle='dense' compares experts with a dense block; pass "
-                "dense=<the block>, or choose oracle='prototype'"
-            )
-        if oracle != "dense" and dense is not None:
-            raise ValueError(
-                f"dense is given, but oracle={oracle!r} does not read it; set oracle='dense'"
-            )
-        if oracle == "competence" and not has_heads:
-            raise ValueError(
-                "oracle='competence' needs experts with heads; give num_classes, or choose "
-                "oracle='prototype'"
-            )
-        if isinstance(oracle, type) or not (oracle is None or callable(oracle)):
-            arguments.choice("oracle", oracle, ("competence", "dense", "prototype"))
-        if self.control.oracle_weight == 0:
-            if oracle is not None:
-                raise ValueError(
-                    f"oracle={oracle!r} has no effect at oracle_weight=0; give oracle_weight > 0"
-                )
-            return None
-        if oracle is not None:
-            return oracle
-        return "competence" if has_heads else "prototype"
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -20,7 +20,7 @@ LAYERS = [
     {"control", "hooks", "routing"},
     {"losses", "dispatch"},
     {"routers", "experts"},
-    {"auxiliary"},
+    {"auxiliary", "oracle"},
     {"moe", "relay", "terms"},
     {"distributed"},
     {"upcycle"},
