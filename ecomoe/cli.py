@@ -1,9 +1,13 @@
-"""The command line: ``ecomoe report``, ``ecomoe watch`` and ``ecomoe compare`` on JSONL records."""
+"""The command line: ``ecomoe report``, ``ecomoe watch`` and ``ecomoe compare`` on JSONL records.
+
+A file may hold several runs. ``FILE`` stands for the last one, ``FILE#1`` for the first.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ecomoe.ecology.compare import compare
-from ecomoe.ecology.report import Report, summary_line
-from ecomoe.ecology.sinks import read_records
+from ecomoe.ecology.report import Report, record_lines
+from ecomoe.ecology.sinks import Follower, Record, read_runs
 
 POLL_SECONDS = 1.0
 
@@ -27,15 +31,16 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     parser = argparse.ArgumentParser(prog="ecomoe", description="Read the ecology of experts.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="show the report of a run")
-    report.add_argument("run", type=Path, help="the file that Monitor(log=...) wrote")
+    which = "the file that Monitor(log=...) wrote; of several runs in it, FILE#1 is the first"
+    report.add_argument("run", metavar="FILE[#N]", help=which)
     report.add_argument("--phase", choices=["train", "eval", "generate"], help="which traffic")
     report.add_argument("--html", type=Path, help="write one HTML file with plots as well")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
     watch = commands.add_parser("watch", help="follow a run while it trains")
-    watch.add_argument("run", type=Path, help="the file that Monitor(log=...) writes")
+    watch.add_argument("run", metavar="FILE", help="the file that Monitor(log=...) writes")
     watch.add_argument("--once", action="store_true", help="print what is there, and end")
     against = commands.add_parser("compare", help="set runs side by side")
-    against.add_argument("runs", type=Path, nargs="+", help="two files or more")
+    against.add_argument("runs", metavar="FILE[#N]", nargs="+", help="two runs or more")
     against.add_argument("--margin", type=float, default=0.01, help="accuracy that matters")
     against.add_argument("--alpha", type=float, default=0.05, help="error rate of the test")
     against.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -43,7 +48,16 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     command = {"report": _report, "watch": _watch, "compare": _compare}[given.command]
     try:
         command(given, sleep)
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        print(
+            f"ecomoe: {error.filename!r} does not exist; give a file that Monitor(log=...) wrote",
+            file=sys.stderr,
+        )
+        return 1
+    except OSError as error:
+        print(f"ecomoe: {error.filename!r}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"ecomoe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -52,7 +66,7 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
 
 
 def _report(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
-    report = Report.from_records(list(read_records(given.run)), phase=given.phase)
+    report = Report.from_records(_records(given.run), phase=given.phase)
     if given.html is not None:
         report.to_html(given.html)
         print(f"wrote {given.html}", file=sys.stderr)
@@ -62,27 +76,47 @@ def _report(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
         _print(report)
 
 
+def _records(name: str) -> list[Record]:
+    """Return the records of the run that ``FILE`` or ``FILE#N`` names.
+
+    Raises:
+        ValueError: The file has no such run.
+    """
+    numbered = None if Path(name).exists() else re.fullmatch(r"(.+)#(\d+)", name)
+    file = name if numbered is None else numbered[1]
+    runs = read_runs(file)
+    if not runs:
+        raise ValueError(
+            f"{file!r} has no record; the first is written when the monitor reports, see every="
+        )
+    number = len(runs) if numbered is None else int(numbered[2])
+    if not 1 <= number <= len(runs):
+        raise ValueError(f"{name!r} must name one of the {len(runs)} runs, #1 to #{len(runs)}")
+    if numbered is None and len(runs) > 1:
+        print(
+            f"{file} holds {len(runs)} runs; this is the last. {file}#1 is the first.",
+            file=sys.stderr,
+        )
+    return runs[number - 1].records
+
+
 def _watch(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
-    shown = 0
+    follower = Follower(given.run)
     while True:
-        records = list(read_records(given.run))
-        if len(records) < shown:
-            shown = 0  # the run was resumed at an earlier step
-        for record in records[shown:]:
-            print(summary_line(record), flush=True)
-            for event in record["events"]:
-                expert = "" if event["expert"] is None else f" expert {event['expert']}"
-                print(f"  {event['kind']} {event['layer'] or ''}{expert}", flush=True)
-        shown = len(records)
+        for entry in follower.read():
+            if "run" in entry:
+                print(f"run {entry['run']}, begun {entry['started']}", flush=True)
+                continue
+            print("\n".join(record_lines(entry)), flush=True)
         if given.once:
             return
         sleep(POLL_SECONDS)
 
 
 def _compare(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
-    runs = {str(path): list(read_records(path)) for path in given.runs}
-    if len(runs) < len(given.runs):
+    if len(set(given.runs)) < len(given.runs):
         raise ValueError("a run is named twice; name each once")
+    runs = {name: _records(name) for name in given.runs}
     found = compare(runs, margin=given.margin, alpha=given.alpha)
     if given.json:
         print(json.dumps(found))
@@ -122,7 +156,9 @@ def _comparison(found: dict[str, Any]) -> Any:
             numbers.append(f"accuracy {tested['difference']:+.2%} [{low:+.2%}, {high:+.2%}]")
         if apart is not None:
             numbers.append(f"tiers {apart:.0%} apart")
-        lines.append(f"{' and '.join(pair['runs'])}: {pair['verdict']} ({', '.join(numbers)})")
+        tail = f" ({', '.join(numbers)})" if numbers else ""
+        lines.append(f"{' and '.join(pair['runs'])}: {pair['verdict']}{tail}")
+        lines += [f"  unlike {difference}" for difference in pair["unlike"]]
     note = f"Equal means within {found['margin']:.2%} (TOST, alpha {found['alpha']:g})."
     return Group(runs, *lines, note)
 

@@ -102,7 +102,9 @@ class TaskSession:
             else:
                 self._undo.append(monitor.close)
                 monitor.attach(model, optimizer=optimizer, total_steps=total_steps)
-                self.schedule = monitor._schedule  # type: ignore[assignment]
+                schedule = monitor.schedule
+                assert schedule is not None  # LossRelay has found the layers that it drives
+                self.schedule = schedule
             relay.watch(root)
             hooks = (
                 task.register_forward_hook(ForwardHook(partial(_take_loss, relay, means))),
@@ -287,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dest="settings",
         help="any other argument of ecomoe.convert, such as --set strength=0.01; repeatable",
     )
-    parser.add_argument("--jsonl", metavar="FILE", help="a JSONL file for the monitor's records")
+    parser.add_argument("--log", metavar="FILE", help="a JSONL file for the monitor's records")
     parser.add_argument("--every", type=int, default=100, help="steps between two records")
     parser.add_argument("script", help="the training script, such as train.py")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="the script's own arguments")
@@ -299,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings["target_e"] = options.target_e
         if options.tiers is not None:
             settings["tiers"] = _sizes(options.tiers)
-        monitor = Monitor(log=options.jsonl if first else None, every=options.every, view="off")
+        monitor = Monitor(log=options.log if first else None, every=options.every, view="off")
     except ValueError as error:
         parser.error(str(error))
     run = ScriptRun(

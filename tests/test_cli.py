@@ -6,23 +6,29 @@ from torch import nn
 
 import ecomoe
 from ecomoe import cli
-from ecomoe.ecology.sinks import read_records
+from ecomoe.ecology.events import Event
+from ecomoe.ecology.sinks import JsonlSink, read_records
 
 
-@pytest.fixture
-def run(tmp_path):
-    """The file of a short run: four records of training, one of evaluation."""
+def write_run(path, *, tiers=(2, 2), steps=4, judged=500):
     torch.manual_seed(0)
-    model = nn.Sequential(ecomoe.EcoMoE(8, 16, tiers=(2, 2)), nn.Linear(8, 3))
-    path = tmp_path / "run.jsonl"
+    model = nn.Sequential(ecomoe.EcoMoE(8, 16, tiers=tiers), nn.Linear(8, 3))
     with ecomoe.Monitor(model, log=path, every=1) as monitor:
-        for _ in range(4):
+        for _ in range(steps):
             model(torch.randn(500, 8))
             monitor.step()
         model.eval()
         with torch.no_grad():
             outputs = model(torch.randn(500, 8))
-        monitor.evaluate(outputs=outputs, targets=torch.randint(0, 3, (500,)))
+        if judged:
+            monitor.evaluate(outputs=outputs, targets=(torch.arange(500) % 3)[: len(outputs)])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The file of a short run: four records of training, one of evaluation."""
+    path = tmp_path / "run.jsonl"
+    write_run(path)
     return path
 
 
@@ -48,6 +54,46 @@ def test_report_as_html(run, tmp_path, capsys):
     assert cli.main(["report", str(run), "--html", str(path)]) == 0
     assert "wrote" in capsys.readouterr().err
     assert path.stat().st_size > 1_000_000  # the plots' script is inside
+
+
+def test_report_shows_the_last_of_several_runs(run, capsys):
+    write_run(run, steps=2)
+    assert cli.main(["report", str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    assert [point["step"] for point in shown["trajectory"]] == [1, 2, 2]
+    assert err == f"{run} holds 2 runs; this is the last. {run}#1 is the first.\n"
+    assert cli.main(["report", f"{run}#1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [point["step"] for point in json.loads(out)["trajectory"]] == [1, 2, 3, 4, 4]
+    assert not err
+    assert cli.main(["compare", f"{run}#1", f"{run}#2", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["runs"]) == {f"{run}#1", f"{run}#2"}
+
+
+def test_file_whose_name_looks_like_a_run(run, capsys):
+    odd = run.with_name("odd#7")
+    odd.write_bytes(run.read_bytes())
+    assert cli.main(["report", str(odd)]) == 0
+    assert "step 4 eval" in capsys.readouterr().out
+
+
+def test_watch_tells_events_in_full(tmp_path, capsys):
+    event = Event(
+        kind="death", step=3, phase="train", layer="model.layers.17.feed_forward.experts",
+        expert=11, basis="topk", evidence={"usage": 0.0031, "low": 0.001, "high": 0.0095},
+    )  # fmt: skip
+    record = {
+        "step": 3, "phase": "train", "control": None, "metrics": {}, "num_experts": 16,
+        "dead": {"top1": 1, "topk": 1}, "layers": [], "events": [event.to_dict()],
+    }  # fmt: skip
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(record)
+    assert cli.main(["watch", str(sink.path), "--once"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"run {sink.run}, begun 20")
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines[2:]) == str(event)
 
 
 def test_watch_follows_a_growing_file(run, capsys):
@@ -84,17 +130,43 @@ def test_compare(run, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 1
 
 
+def test_compare_tells_what_is_unlike(run, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    write_run(other, tiers=(4, 2), steps=3)
+    assert cli.main(["compare", str(run), str(other)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "unlike experts of layers: 0 4 and 0 6" in told
+    assert "unlike steps: 4 and 3" in told
+    assert "accuracy" in told
+    unjudged = tmp_path / "unjudged.jsonl"
+    write_run(unjudged, judged=0)
+    assert cli.main(["compare", str(run), str(unjudged)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "unlike tasks (tiers" in told
+    assert "unlike metrics: accuracy, judged, loss and none" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "nowhere.jsonl"], "No such file"),
+        (["report", "nowhere.jsonl"], "'nowhere.jsonl' does not exist; give a file that Monitor("),
+        (["report", "nowhere.jsonl#2"], "'nowhere.jsonl' does not exist"),
+        (["watch", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+        (["compare", "{run}", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+        (["report", "{run}/.."], "Not a directory"),
+        (["report", "."], "'.': Is a directory"),
+        (["report", "{empty}"], "has no record; the first is written when"),
+        (["report", "{run}#2"], "must name one of the 1 runs, #1 to #1"),
+        (["report", "{run}", "--html", "{run}/report.html"], "Not a directory"),
         (["compare", "{run}"], "give at least two"),
         (["compare", "{run}", "{run}"], "named twice"),
         (["report", "{run}", "--phase", "generate"], "phase='generate'"),
     ],
 )
 def test_errors_are_told_in_one_line(run, capsys, arguments, message):
-    assert cli.main([argument.format(run=run) for argument in arguments]) == 1
+    empty = run.with_name("empty.jsonl")
+    empty.touch()
+    assert cli.main([argument.format(run=run, empty=empty) for argument in arguments]) == 1
     told = capsys.readouterr().err
     assert told.startswith("ecomoe: ")
     assert message in told

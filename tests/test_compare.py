@@ -16,16 +16,33 @@ SEEDS = {
 SHARE = st.floats(0.01, 0.99)
 
 
-def records(accuracy, usage, *, judged=10_000, phase="eval", dead=(0,), events=()):
+def records(
+    accuracy,
+    usage,
+    *,
+    judged=10_000,
+    phase="eval",
+    dead=(0,),
+    events=(),
+    name="moe",
+    num_experts=16,
+):
     return [
         {
             "step": step,
             "phase": phase,
             "metrics": {"accuracy": accuracy, "loss": 1.0, "judged": judged},
-            "num_experts": 16,
+            "num_experts": num_experts,
             "dead": {"top1": number, "topk": 0},
             "events": list(events),
-            "layers": [{"name": "moe", "tier": {"usage": {"top1": usage}}}],
+            "layers": [
+                {
+                    "name": name,
+                    "num_experts": num_experts,
+                    "top_k": 2,
+                    "tier": {"usage": {"top1": usage}},
+                }
+            ],
         }
         for step, number in enumerate(dead)
     ]
@@ -51,6 +68,32 @@ def test_seeds_of_the_paper_are_multi_stable():
 def test_verdicts(second, verdict):
     (pair,) = compare({"a": records(*SEEDS["A"]), "b": records(*second)}, margin=0.02)["pairs"]
     assert pair["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("options", "unlike", "verdict"),
+    [
+        ({}, [], "same"),
+        ({"judged": 5000}, ["number of judged predictions: 10000 and 5000"], "unlike tasks"),
+        ({"phase": "train"}, ["kind of traffic: eval and train"], "unlike tasks"),
+        ({"num_experts": 32}, ["experts of layers: moe 16 and moe 32"], "same"),
+        (
+            {"name": "ffn"},
+            [
+                "experts of layers: moe 16, ffn - and moe -, ffn 16",
+                "top_k of layers: moe 2, ffn - and moe -, ffn 2",
+            ],
+            "undecided",
+        ),
+        ({"dead": (0, 0)}, ["steps: 0 and 1"], "same"),
+    ],
+)
+def test_what_is_unlike_is_told(options, unlike, verdict):
+    runs = {"a": records(*SEEDS["A"]), "b": records(*SEEDS["A"], **options)}
+    (pair,) = compare(runs, margin=0.02)["pairs"]
+    assert pair["unlike"] == unlike
+    assert pair["verdict"] == verdict
+    assert (pair["accuracy"] is None) == (verdict == "unlike tasks")
 
 
 @settings(max_examples=200)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ecomoe import EcoMoE
+from ecomoe.ecology.sinks import read_records
 from examples.data import Images
 from examples.experiments.__main__ import main
 from examples.experiments.analysis import auc, bootstrap_auc, equivalence, spread
@@ -109,7 +110,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed):
 )
 def test_a_killed_runs_monitor_goes_on_as_if_it_had_not_been(killed):
     folder, _, _ = killed
-    watched = [(folder / name / "monitor.jsonl").read_text() for name in ("whole", "killed")]
+    watched = [list(read_records(folder / name / "monitor.jsonl")) for name in ("whole", "killed")]
     assert watched[0] == watched[1]
 
 

@@ -228,13 +228,17 @@ def test_removed_folder_stops_the_log_alone(tmp_path):
     model, _ = make()
     folder = tmp_path / "runs"
     with ecomoe.Monitor(model, log=folder / "run.jsonl") as monitor:
-        (folder / "run.jsonl").unlink()
+        (folder / "run.jsonl").unlink(missing_ok=True)
         folder.rmdir()
         model(torch.randn(2, 5, 6))
-        with pytest.warns(UserWarning, match="gets no more records of this run"):
+        with pytest.warns(UserWarning, match="its records wait for the next report"):
             monitor.report()
         model(torch.randn(2, 5, 6))
         assert monitor.report().to_dict()["layers"][0]["num_tokens"] == 10
+        folder.mkdir()
+        model(torch.randn(3, 5, 6))
+    sizes = [r["layers"][0]["num_tokens"] for r in read_records(folder / "run.jsonl")]
+    assert sizes == [10, 10, 15]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The monitor as a callback of transformers' Trainer."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -87,6 +89,20 @@ def test_records_logs_and_report(tmp_path, capsys):
     assert records[-1]["progress"] == 1.0
     assert "tiers 2:2" in capsys.readouterr().out
     assert not hooks_of(trainer.model)
+
+
+@pytest.mark.parametrize("view", ["report", "lines", "live"])
+def test_text_starts_beside_no_progress_bar(tmp_path, monkeypatch, view):
+    screen = io.StringIO()  # where both streams end on a terminal
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    make_trainer(tmp_path, [ecomoe.Monitor(view=view)], disable_tqdm=False, max_steps=4).train()
+    text = screen.getvalue()
+    assert "it/s]" in text
+    told = [found.start() for found in re.finditer(r"step \d+ (train|eval): DEAD", text)]
+    assert len(told) == {"report": 1, "lines": 4, "live": 4}[view]
+    for start in told:
+        assert text[start - 1] in "\r\n"
 
 
 def test_values_reach_tensorboard(tmp_path):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ecomoe import Control, Report
+from ecomoe.ecology.events import Event
 from ecomoe.ecology.live import LiveView
 from ecomoe.ecology.report import (
     build_record,
@@ -213,29 +214,56 @@ def console_of(*, terminal=True):
     return Console(width=80, height=24, file=io.StringIO(), force_terminal=terminal)
 
 
+def long_event(step):
+    return Event(
+        kind="death", step=step, phase="eval", layer="model.layers.17.feed_forward.experts",
+        expert=111, basis="topk", evidence={"usage": 0.0031, "low": 0.001, "high": 0.0095},
+    ).to_dict()  # fmt: skip
+
+
 def test_live_view_fits_the_terminal():
     layers = [make_layer(f"model.layers.{i}.mlp", tiers=(64, 32, 32)) for i in range(48)]
+    layers[30] = make_layer("model.layers.30.mlp", tiers=(64, 32, 32), dead=range(100))
+    trajectory = [
+        {"step": step, "phase": "eval", "dead": {"top1": step * 1000, "topk": 0}}
+        for step in range(4)
+    ]
     console = console_of()
     view = LiveView(console)
     for step in (1, 2):
-        view.update(make_record(*layers, step=step), trajectory=[], events=[])
+        events = [long_event(number) for number in range(4 * step)]
+        view.update(make_record(*layers, step=step), trajectory=trajectory, events=events)
     view.close()
     text = Text.from_ansi(console.file.getvalue()).plain
     frames = text.split("step 2 eval")
     assert len(frames) == 3  # drawn when it came, and left behind at the end
     assert len(frames[-1].splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 80
-    assert "layers with fewer DEAD" in frames[-1]
+    assert "model.layers.30.mlp  100/100 of 128" in frames[-1]
+    told = " ".join(frames[-1].split())
+    assert "layers with at most" in told
+    for event in events[-3:]:
+        assert str(Event(**event)) in told
+
+
+def test_events_are_told_in_full():
+    text = rendered(Report(make_record(make_layer("a")), events=[long_event(7), long_event(8)]))
+    assert max(map(len, text.splitlines())) <= 80
+    for step in (7, 8):
+        assert f"- {Event(**long_event(step))}" in " ".join(text.split())
 
 
 def test_live_view_without_a_terminal_prints_lines():
     console = console_of(terminal=False)
     view = LiveView(console)
     for step in (1, 2):
-        view.update(make_record(make_layer("a"), step=step), trajectory=[], events=[])
+        record = make_record(make_layer("a"), step=step)
+        record["events"] = [long_event(step)] if step == 2 else []
+        view.update(record, trajectory=[], events=record["events"])
     view.close()
     lines = console.file.getvalue().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 1 eval", "step 2 eval"]
+    assert [line.split(":")[0] for line in lines[:2]] == ["step 1 eval", "step 2 eval"]
+    assert " ".join(line.strip() for line in lines[2:]) == str(Event(**long_event(2)))
 
 
 def test_stability_over_the_last_reports():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ecomoe.ecology.report import Report
+from ecomoe.ecology.sinks import progress_bars_aside
 
 
 def callbacks_of(args: Any, state: Any) -> list[Any]:
@@ -41,6 +42,8 @@ def show(report: Report) -> None:
     try:
         from rich.console import Console
     except ImportError:
-        print(report)
+        with progress_bars_aside():
+            print(report)
     else:
-        Console().print(report)
+        with progress_bars_aside():
+            Console().print(report)

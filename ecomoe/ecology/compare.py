@@ -18,6 +18,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 MULTI_STABLE_DISTANCE = 0.10
+MAX_NAMED = 2
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         "dead_peak": max(record["dead"]["top1"] for record in mine),
         "revivals": sum(e["kind"] == "revival" and e["basis"] == "top1" for e in events),
         "tiers": {layer["name"]: layer["tier"]["usage"]["top1"] for layer in last["layers"]},
+        "experts": {layer["name"]: layer["num_experts"] for layer in last["layers"]},
+        "top_k": {layer["name"]: layer["top_k"] for layer in last["layers"]},
+        "metrics": sorted(last["metrics"]),
     }
 
 
@@ -161,9 +165,11 @@ def compare(
 
     Returns:
         ``runs``, the summaries by name, and ``pairs``: the two names, the `Equivalence` of their
-        accuracies (``None`` where one is unknown), the ``distance`` of tier usage, averaged over
-        layers (``None`` for other layers or tiers), and a ``verdict``: "multi-stable" (equal
-        accuracy, other tiers), "same" (equal in both), "different accuracy" or "undecided".
+        accuracies (``None`` where one is unknown or the tasks are unlike), the ``distance`` of
+        tier usage, averaged over layers (``None`` for other layers or tiers), what is ``unlike``
+        in the two, in words, and a ``verdict``: "multi-stable" (equal accuracy, other tiers),
+        "same" (equal in both), "different accuracy", "unlike tasks" (nothing can be said) or
+        "undecided".
 
     Raises:
         ValueError: Less than two runs, or one without records.
@@ -173,17 +179,49 @@ def compare(
     summaries = {name: summarise(records) for name, records in runs.items()}
     pairs = []
     for first, second in combinations(summaries, 2):
-        tested = _test(summaries[first], summaries[second], margin=margin, alpha=alpha)
-        apart = _tier_distance(summaries[first]["tiers"], summaries[second]["tiers"])
+        one, other = summaries[first], summaries[second]
+        task = _unlike(one, other, _TASK)
+        tested = None if task else _test(one, other, margin=margin, alpha=alpha)
+        apart = _tier_distance(one["tiers"], other["tiers"])
         pairs.append(
             {
                 "runs": [first, second],
                 "accuracy": None if tested is None else asdict(tested),
                 "distance": apart,
-                "verdict": _verdict(tested, apart),
+                "unlike": task + _unlike(one, other, _MODEL),
+                "verdict": "unlike tasks" if task else _verdict(tested, apart),
             }
         )
     return {"runs": summaries, "pairs": pairs, "margin": margin, "alpha": alpha}
+
+
+# What makes a difference of two accuracies meaningless, and what may rather be its cause.
+_TASK = {
+    "phase": "kind of traffic",
+    "metrics": "metrics",
+    "judged": "number of judged predictions",
+}
+_MODEL = {"experts": "experts of layers", "top_k": "top_k of layers", "step": "steps"}
+
+
+def _unlike(first: Record, second: Record, names: Mapping[str, str]) -> list[str]:
+    """Return in which of the named respects two runs differ, in words."""
+    found = []
+    for key, name in names.items():
+        one, other = first[key], second[key]
+        if one == other:
+            continue
+        if isinstance(one, dict):
+            layers = [layer for layer in {**one, **other} if one.get(layer) != other.get(layer)]
+            one, other = (
+                ", ".join(f"{layer} {run.get(layer, '-')}" for layer in layers[:MAX_NAMED])
+                for run in (one, other)
+            )
+            name += f" (in {len(layers)} of them)" if len(layers) > MAX_NAMED else ""
+        elif isinstance(one, list):
+            one, other = (", ".join(values) or "none" for values in (one, other))
+        found.append(f"{name}: {one} and {other}")
+    return found
 
 
 def _test(first: Record, second: Record, *, margin: float, alpha: float) -> Equivalence | None:

@@ -180,15 +180,19 @@ def expert_table(layer: Record) -> Table:
 
 
 def event_lines(events: Sequence[Record], *, num: int = MAX_EVENTS) -> Iterator[RenderableType]:
-    """Yield the last events, a line each."""
+    """Yield the last events; what does not fit a line goes on below it."""
     from ecomoe.ecology.events import Event
 
     if not events:
         return
     more = f" (the last {num} of {len(events)})" if len(events) > num else ""
     yield Text(f"Events{more}", style="bold")
+    lines = Table.grid(padding=(0, 1))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
     for event in events[-num:]:
-        yield Text(f"  {Event(**event)}", no_wrap=True, overflow="ellipsis")
+        lines.add_row(" -", Text(str(Event(**event))))
+    yield lines
 
 
 def _accuracy(layer: Record) -> float | None:

@@ -18,17 +18,20 @@ from ecomoe.ecology.console import (
     prediction_lines,
     trajectory_lines,
 )
-from ecomoe.ecology.report import summary_line
+from ecomoe.ecology.report import record_lines, summary_line
+from ecomoe.ecology.sinks import progress_bars_aside
+from ecomoe.ecology.statistics import BASES
 
 Record = Mapping[str, Any]
 
 NUM_EVENTS = 3
-# Heading, prediction, trajectory and events; what the terminal has beyond goes to layers.
-FIXED_LINES = 12
+# The layer table's heading, the line on layers left out, and the one that the cursor stands on.
+TABLE_LINES = 4
+MIN_LAYERS = 3
 
 
 class LiveView:
-    """Redraws the last record in place; where there is no terminal, prints a line a record.
+    """Redraws the last record in place; where there is no terminal, prints lines.
 
     It draws only when a record comes, from no thread of its own, so it costs nothing in between.
 
@@ -45,9 +48,8 @@ class LiveView:
     ) -> None:
         """Show a record."""
         if not self._console.is_terminal:
-            self._console.print(
-                summary_line(dict(record)), markup=False, highlight=False, soft_wrap=True
-            )
+            with progress_bars_aside():
+                print("\n".join(record_lines(dict(record))), file=self._console.file, flush=True)
             return
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
@@ -57,19 +59,27 @@ class LiveView:
     def _drawing(
         self, record: Record, trajectory: Sequence[Record], events: Sequence[Record]
     ) -> RenderableType:
-        layers = record["layers"]
-        room = max(3, self._console.height - FIXED_LINES)
-        shown = layers
-        if len(layers) > room:
-            worst = sorted(layers, key=lambda layer: -sum(layer["dead"].values()))[: room - 1]
-            shown = [layer for layer in layers if layer in worst]
-        parts: list[RenderableType] = [Text(summary_line(dict(record)), style="bold")]
-        parts += [*prediction_lines(record), *trajectory_lines(record, trajectory, events)]
-        parts.append(layer_table(shown))
-        if len(shown) < len(layers):
-            parts.append(Text(f"... and {len(layers) - len(shown)} layers with fewer DEAD"))
-        parts += event_lines(events, num=NUM_EVENTS)
-        return Group(*parts)
+        above: list[RenderableType] = [Text(summary_line(dict(record)), style="bold")]
+        above += [*prediction_lines(record), *trajectory_lines(record, trajectory, events)]
+        below = list(event_lines(events, num=NUM_EVENTS))
+        taken = len(self._console.render_lines(Group(*above, *below)))
+        shown, rest = self._fitting(record["layers"], self._console.height - taken - TABLE_LINES)
+        return Group(*above, layer_table(shown), *([Text(rest)] if rest else []), *below)
+
+    @staticmethod
+    def _fitting(layers: Sequence[Record], room: int) -> tuple[list[Record], str]:
+        """Return the layers to show, the most DEAD first to stay, and a line on the others."""
+        room = max(MIN_LAYERS, room)
+        if len(layers) <= room:
+            return list(layers), ""
+        worst = sorted(layers, key=lambda layer: -sum(layer["dead"].values()))[:room]
+        names = {layer["name"] for layer in worst}
+        rest = [layer for layer in layers if layer["name"] not in names]
+        most = "/".join(str(max(layer["dead"][basis] for layer in rest)) for basis in BASES)
+        return (
+            [layer for layer in layers if layer["name"] in names],
+            f"... and {len(rest)} layers with at most {most} DEAD (top1/topk)",
+        )
 
     def close(self) -> None:
         """Leave the last drawing on the terminal and give the terminal back."""

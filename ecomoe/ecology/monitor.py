@@ -61,8 +61,8 @@ class Monitor:
         optimizer: Counts the steps. Without it call `step`, or let the Trainer do so.
         total_steps: Optimizer steps of the whole run; drives the schedule of `EcoMoE` layers.
             Leave it out to drive the schedule yourself.
-        log: A JSONL file that gets every record, after those of earlier runs. Where it cannot be
-            written any more, watching goes on without it.
+        log: A JSONL file that gets every record, after those of earlier runs. While it cannot be
+            written, records wait and watching goes on.
         every: Optimizer steps between two reports of the training traffic. In the Trainer its own
             ``logging_steps`` hold instead.
         thresholds: ``"paper"``, ``"relative"`` (to 16 experts) or a `Thresholds`.
@@ -219,7 +219,7 @@ class Monitor:
                 if part is not None:
                     part.close()
             self._step_hook = self._watch = self._schedule = self._session = None
-            self._recorder.sink = None
+            self._recorder.end_log()
 
     def __enter__(self) -> Monitor:
         return self

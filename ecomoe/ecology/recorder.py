@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ecomoe.ecology.events import Event, Memory, detect
-from ecomoe.ecology.report import PREFERENCE, TRAJECTORY_KEYS, Report, scalars, summary_line
-from ecomoe.ecology.sinks import JsonlSink
+from ecomoe.ecology.report import PREFERENCE, TRAJECTORY_KEYS, Report, record_lines, scalars
+from ecomoe.ecology.sinks import JsonlSink, progress_bars_aside
 from ecomoe.ecology.taxonomy import Thresholds
 
 Record = dict[str, Any]
@@ -41,6 +41,7 @@ class Recorder:
         self.records: list[Record] = []
         self.latest: dict[str, Record] = {}
         self.sink: JsonlSink | None = None
+        self._told = False
         self._memory: Memory = {}
 
     def add(self, record: Record) -> list[Event]:
@@ -57,7 +58,8 @@ class Recorder:
         self.latest[record["phase"]] = record
         self._write(record)
         if self.view == "lines":
-            print(summary_line(record), flush=True)
+            with progress_bars_aside():
+                print("\n".join(record_lines(record)), flush=True)
         elif self.view == "live":
             self._draw(record)
         return events
@@ -68,13 +70,20 @@ class Recorder:
         try:
             self.sink.write(record)
         except (OSError, ValueError) as error:
-            # What a full disk tore off is cut off when the log is opened again.
-            path, self.sink = self.sink.path, None
+            if self._told:
+                return
+            self._told = True
             warnings.warn(
-                f"log={os.fspath(path)!r} gets no more records of this run; watching goes on: "
-                f"{type(error).__name__}: {error}",
+                f"log={os.fspath(self.sink.path)!r} cannot be written now; its records wait for "
+                f"the next report, and watching goes on: {type(error).__name__}: {error}",
                 stacklevel=2,
             )
+
+    def end_log(self) -> None:
+        """Write no more records from here on."""
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            sink.close()
 
     def _draw(self, record: Record) -> None:
         if self._live is None:

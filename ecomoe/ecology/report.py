@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ecomoe.control import Control
 from ecomoe.ecology import statistics, taxonomy, tiers
+from ecomoe.ecology.events import Event
 from ecomoe.ecology.statistics import BASES, Basis, Layout
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -379,6 +381,16 @@ def summary_line(record: Record) -> str:
         f"{record['dead']['topk']} topk of {record['num_experts']} experts in "
         f"{len(record['layers'])} layers{e_now}{quality}"
     )
+
+
+def record_lines(record: Record, *, width: int = 80) -> list[str]:
+    """Return a record as lines of text: itself, and its events below it, wrapped."""
+    lines = [summary_line(record)]
+    for event in record["events"]:
+        lines += textwrap.wrap(
+            str(Event(**event)), width, initial_indent="  ", subsequent_indent="    "
+        )
+    return lines
 
 
 def scalars(record: Record, *, num_deaths: int, num_revivals: int, peak: int) -> dict[str, float]:

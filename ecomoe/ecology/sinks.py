@@ -1,4 +1,8 @@
-"""Where records go: a JSONL file and the terminal."""
+"""Where records go: a JSONL file, and how to read it again.
+
+A file holds runs, one behind the other. Each begins with a line that gives it an id; all other
+lines are records.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,38 @@ import json
 import os
 import re
 import stat
+import sys
+import uuid
+import warnings
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 Record = dict[str, Any]
 
 BLOCK_BYTES = 1 << 16
+MAX_WAITING_BYTES = 1 << 26
+
+_RUN = b'{"run":"'
 
 
 class JsonlSink:
     """Appends one record a line; a killed run keeps all lines but the one that it was writing.
 
     A torn last line, left by an earlier kill, is cut off first. The file is open only while a
-    record is written, so a run that ends in an exception leaves nothing open.
+    record is written, so a run that ends in an exception leaves nothing open. What cannot be
+    written, on a full disk, say, waits and is written before the next record.
 
     Args:
-        path: The file; folders are made as needed. Records of earlier runs in it stay.
+        path: The file; folders are made as needed. Earlier runs in it stay.
 
     Attributes:
-        start: The byte at which this run's records begin.
+        run: The id of this run; a run that goes on, by `rewind`, keeps its own.
+        start: The byte at which this run begins.
 
     Raises:
         ValueError: The file cannot be written, or something else than a monitor has written it.
@@ -35,6 +50,9 @@ class JsonlSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         check_log(path)
         self.path = Path(path)
+        self.run = uuid.uuid4().hex[:8]
+        self._waiting: deque[bytes] = deque()
+        self._lost = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
@@ -45,36 +63,103 @@ class JsonlSink:
             raise _unwritable(path, error) from error
 
     def write(self, record: Record) -> None:
-        """Append a record."""
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            self._end, self._check = file.tell(), zlib.crc32(line.encode())
+        """Append a record, after those that wait.
+
+        Raises:
+            OSError: The file cannot be written now; the record waits for the next call.
+            ValueError: The record holds NaN, which JSON does not know; it is left out.
+        """
+        self._waiting.append(_line(record))
+        while sum(map(len, self._waiting)) > MAX_WAITING_BYTES and len(self._waiting) > 1:
+            self._waiting.popleft()
+            self._lost += 1
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        lines = list(self._waiting)
+        with self.path.open("ab", buffering=0) as file:
+            begin = file.seek(0, os.SEEK_END)
+            if self._end == self.start or begin < self._end:  # it is new, or was removed
+                self.start = begin
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                lines.insert(0, _line({"run": self.run, "started": now}))
+            rest = memoryview(b"".join(lines))
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(begin)
+                raise
+            self._end, self._check = file.tell(), zlib.crc32(lines[-1])
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Write what waits, if that is possible now; else warn of what is lost."""
+        try:
+            self._flush()
+        except OSError as error:
+            self._lost += len(self._waiting)
+            reason = f": {type(error).__name__}: {error}"
+        else:
+            reason = ""
+        if self._lost:
+            warnings.warn(
+                f"log={os.fspath(self.path)!r} lacks {self._lost} records of this run, which could "
+                f"not be written{reason}",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> Record:
-        """Return where this run's records begin and, up to now, end."""
-        return {"start": self.start, "end": self._end, "check": self._check}
+        """Return which run this is, and where its records begin and, up to now, end."""
+        return {"run": self.run, "start": self.start, "end": self._end, "check": self._check}
 
-    def rewind(self, state: Mapping[str, int]) -> bool:
+    def rewind(self, state: Mapping[str, Any]) -> bool:
         """Drop what was written after `state_dict`: a run that resumes writes it again.
+
+        Where other runs follow in the file, nothing is dropped: the run is copied behind them, and
+        counts from there alone.
 
         Returns:
             Whether the file has at that place what it had then. If not, it is another file, and
-            nothing is dropped.
+            nothing is changed.
         """
         start, end, check = state["start"], state["end"], state["check"]
+        own = _RUN + state.get("run", self.run).encode() + b'"'
         with self.path.open("rb+") as file:
-            if not 0 < end <= file.seek(0, os.SEEK_END):
+            size = file.seek(0, os.SEEK_END)
+            if not 0 <= end <= size or zlib.crc32(_line_before(file, end)) != check:
                 return False
-            if zlib.crc32(_line_before(file, end)) != check:
+            file.seek(end)
+            following = [line for line in file if line.startswith(_RUN)]
+            if end == 0 and size and not (following and following[0].startswith(own)):
                 return False
-            file.truncate(end)
+            if all(line.startswith(own) for line in following):
+                file.truncate(end)
+            else:
+                file.seek(start)
+                content = file.read(end - start)
+                file.seek(size)
+                file.write(content)
+                start, end = size, file.tell()
+        self.run = state.get("run", self.run)
         self.start, self._end, self._check = start, end, check
         return True
 
     def records(self) -> Iterator[Record]:
         """Yield the records of this run."""
         yield from read_records(self.path, start=self.start)
+
+
+def progress_bars_aside() -> AbstractContextManager[None]:
+    """Return a context in which lines can be printed, each on a line of its own.
+
+    The bars of tqdm, which a Trainer shows, are wiped before and drawn again after it.
+    """
+    tqdm = sys.modules.get("tqdm")
+    return nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode()
 
 
 def check_log(path: object) -> None:
@@ -147,7 +232,9 @@ def _line_before(file: BinaryIO, end: int) -> bytes:
 
 
 def _begins_record(line: bytes) -> bool:
-    """Whether a line is the beginning of a record, however short."""
+    """Whether a line is the beginning of a record, or of a run, however short."""
+    if line.startswith(_RUN) or _RUN.startswith(line):
+        return True
     found = re.match(rb'\{"step":\d+', line)
     if found is None:
         return b'{"step":'.startswith(line)
@@ -155,8 +242,43 @@ def _begins_record(line: bytes) -> bool:
     return rest.startswith(b',"phase":"') or b',"phase":"'.startswith(rest)
 
 
+def _line(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n").encode()
+
+
+class Run(NamedTuple):
+    """One run of a file.
+
+    Attributes:
+        id: Its id; empty for records that lie before any line with an id.
+        started: When its first record was written, in UTC, ISO 8601; empty if unknown.
+        records: In the order they were written.
+    """
+
+    id: str
+    started: str
+    records: list[Record]
+
+
+def read_runs(path: str | os.PathLike[str]) -> list[Run]:
+    """Return the runs of a JSONL file that have records, the last one written at the end.
+
+    Raises:
+        ValueError: A line before the last is not JSON.
+    """
+    runs: dict[str, Run] = {}
+    run = runs[""] = Run("", "", [])
+    for entry in _entries(path):
+        if "run" in entry:
+            runs.pop(entry["run"], None)  # one that goes on behind others is copied as a whole
+            run = runs[entry["run"]] = Run(entry["run"], entry.get("started", ""), [])
+        else:
+            run.records.append(entry)
+    return [run for run in runs.values() if run.records]
+
+
 def read_records(path: str | os.PathLike[str], *, start: int = 0) -> Iterator[Record]:
-    """Yield the records of a JSONL file; a torn last line is left out.
+    """Yield the records of a JSONL file, of all its runs; a torn last line is left out.
 
     Args:
         path: The file.
@@ -165,16 +287,66 @@ def read_records(path: str | os.PathLike[str], *, start: int = 0) -> Iterator[Re
     Raises:
         ValueError: A line before the last is not JSON.
     """
+    return (entry for entry in _entries(path, start=start) if "run" not in entry)
+
+
+def _entries(path: str | os.PathLike[str], *, start: int = 0) -> Iterator[Record]:
     with Path(path).open("rb") as lines:
         lines.seek(start)
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return  # still being written, or torn by a kill
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"line {number} of {os.fspath(path)} is not JSON; it must be written by "
-                    "ecomoe.Monitor(log=...): remove the line, or give another file"
-                ) from error
-            yield record
+            yield _parsed(line, f"line {number} of {os.fspath(path)}")
+
+
+def _parsed(line: bytes, name: str) -> Record:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is not JSON; it must be written by ecomoe.Monitor(log=...): remove the line, "
+            "or give another file"
+        ) from error
+    if not isinstance(entry, dict) or not {"run", "step"} & set(entry):
+        raise ValueError(
+            f"{name} is no record; it must be written by ecomoe.Monitor(log=...): give another file"
+        )
+    return entry
+
+
+class Follower:
+    """Reads a file that grows, each line once.
+
+    A run that resumes drops its last lines and writes them again: those are read again.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._ends: list[tuple[int, int]] = []
+
+    def read(self) -> list[Record]:
+        """Return the records, and the lines that begin a run, that are new since the last call.
+
+        Raises:
+            ValueError: A line is not JSON.
+        """
+        found = []
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            while self._ends:
+                end, check = self._ends[-1]
+                if end <= size and zlib.crc32(_line_before(file, end)) == check:
+                    break
+                self._ends.pop()
+            end = self._ends[-1][0] if self._ends else 0
+            file.seek(end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                self._ends.append((end, zlib.crc32(line)))
+                found.append(_parsed(line, f"a line of {os.fspath(self.path)}"))
+        return found

@@ -311,7 +311,7 @@ def test_script_runs_unmodified(tmp_path, capsys):
     before = names()
     records = tmp_path / "run.jsonl"
     run_script(
-        tmp_path, "--tiers", "2,2", "--set", "layers=0", "--jsonl", str(records), "--every", "3"
+        tmp_path, "--tiers", "2,2", "--set", "layers=0", "--log", str(records), "--every", "3"
     )
     assert names() == before
     out = capsys.readouterr().out
