@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import math
 import sys
 from textwrap import dedent
@@ -17,6 +16,7 @@ from timm.utils import NativeScaler
 from torch import nn
 
 import ecomoe
+from ecomoe.ecology.sinks import read_records
 from ecomoe.integrations import timm_training
 from ecomoe.integrations.timm_training import TaskSession, convert_settings, final_loss, main
 
@@ -321,7 +321,7 @@ def test_script_runs_unmodified(tmp_path, capsys):
     assert temperatures == pytest.approx(expected, abs=1e-4)
     assert "1 of 2 feed-forward blocks replaced" in out
     assert "step 6" in out
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines = list(read_records(records))
     assert [line["step"] for line in lines if line["phase"] == "train"] == [3, 6]
     judged = [line for line in lines if line["phase"] == "eval"]
     assert all(line["layers"][0]["accuracy"] is not None for line in judged)
