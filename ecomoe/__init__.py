@@ -7,6 +7,7 @@ from ecomoe.control import Control, control_parameter
 from ecomoe.convert import convert
 from ecomoe.loading import extend_registries, from_pretrained
 from ecomoe.moe import EcoMoE
+from ecomoe.rescue import rescue
 
 if TYPE_CHECKING:
     from ecomoe.ecology.monitor import Monitor
@@ -23,6 +24,7 @@ __all__ = [
     "control_parameter",
     "convert",
     "from_pretrained",
+    "rescue",
 ]
 
 extend_registries()

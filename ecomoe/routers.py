@@ -34,6 +34,10 @@ class Router(nn.Module):
         """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``."""
         raise NotImplementedError(f"{type(self).__name__} must define logits(x_ND)")
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose first axis counts experts; `ecomoe.rescue` writes them."""
+        raise NotImplementedError(f"{type(self).__name__} must define expert_parameters()")
+
     def forward(
         self, x_ND: Tensor, temperature: Tensor, random_routing: Tensor | None = None
     ) -> Routing:
@@ -120,6 +124,10 @@ class LinearRouter(Router):
         """Draw fresh parameters."""
         self.score.reset_parameters()
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the last map's weight (E, D) and bias (E,)."""
+        return [self.score.weight, self.score.bias]
+
     def logits(self, x_ND: Tensor) -> Tensor:
         """Return the scores of all experts, ``(N, E)``."""
         return self.score(x_ND)  # type: ignore[no-any-return]
@@ -148,6 +156,10 @@ class MLPRouter(Router):
         """Draw fresh parameters."""
         self.hidden.reset_parameters()
         self.score.reset_parameters()
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the last map's weight (E, D) and bias (E,)."""
+        return [self.score.weight, self.score.bias]
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Return the scores of all experts, ``(N, E)``."""

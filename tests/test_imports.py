@@ -35,6 +35,7 @@ LAYERS = [
     {"ecology.console", "ecology.html", "ecology.recorder", "ecology.readers"},
     {"ecology.watch", "ecology.live", "ecology.callback"},
     {"ecology.monitor"},
+    {"rescue"},
     {"ecomoe"},
     {
         "integrations",
