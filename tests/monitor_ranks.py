@@ -91,3 +91,21 @@ def run_failing():
 
 def run_failing_on_the_first_alone():
     return run_failing() if distributed.get_rank() == 0 else True
+
+
+def run_with_a_failing_monitor(at_close):
+    """Watching fails on the first rank alone; return warnings, steps, and whether hooks stay."""
+    torch.manual_seed(0)
+    model = Model()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        monitor = ecomoe.Monitor(model, every=2, view="off")
+        for step in range(7):
+            if step == (6 if at_close else 3) and distributed.get_rank() == 0:
+                monitor._watch.taps[0].layout = None
+            model(batch(step, rank=distributed.get_rank())[0])
+            monitor.step()
+        hooks = sum(len(module._forward_hooks) for module in model.modules())
+        monitor.close()
+    steps = [point["step"] for point in monitor.report("train").to_dict()["trajectory"]]
+    return [str(warning.message) for warning in told], steps, hooks > 0

@@ -104,10 +104,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed):
     assert [json.loads(line)["step"] for line in lines] == [4, 8]
 
 
-@pytest.mark.xfail(
-    reason="Monitor.state_dict leaves out the number of classes: e_eff is null until the next "
-    "evaluation after resuming"
-)
 def test_a_killed_runs_monitor_goes_on_as_if_it_had_not_been(killed):
     folder, _, _ = killed
     watched = [list(read_records(folder / name / "monitor.jsonl")) for name in ("whole", "killed")]

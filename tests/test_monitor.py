@@ -126,6 +126,8 @@ def test_accuracy_is_that_of_the_tokens_first_choice():
         assert layer["accuracy"][expert] == pytest.approx(expected, rel=1e-5)
     correct = (outputs.argmax(-1) == y).double().mean().item()
     loss = F.cross_entropy(outputs, y).item()
+    low, high = report["interval"]["accuracy"]
+    assert low < correct < high
     assert report["metrics"] == {"accuracy": correct, "judged": 8, "loss": pytest.approx(loss)}
 
 
@@ -181,7 +183,9 @@ def test_nan_predictions_are_judged_wrong(tmp_path):
         monitor.evaluate(
             outputs=torch.full((4, 3), float("nan")), targets=torch.tensor([0, 0, -1, 255])
         )
-        assert monitor.report().to_dict()["metrics"] == {"accuracy": 0, "loss": None, "judged": 2}
+        report = monitor.report().to_dict()
+    assert report["metrics"] == {"accuracy": 0, "loss": None, "judged": 2}
+    assert report["interval"] == {"accuracy": [0, 0.658]}
     (record,) = read_records(log)
     assert record["metrics"]["loss"] is None
 
@@ -287,18 +291,28 @@ def test_resuming_keeps_the_records_of_earlier_runs(tmp_path):
     assert len(monitor._recorder.records) == 3
 
 
+def with_layer(state, **parts):
+    layer = state["watch"]["sums"]["moe"] | parts
+    return state | {"watch": state["watch"] | {"sums": {"moe": layer}}}
+
+
 @pytest.mark.parametrize(
     "broken",
     [
         lambda s: {},
         lambda s: None,
         lambda s: s | {"step": "3"},
-        lambda s: {key: s[key] for key in ("step", "sums")},
+        lambda s: {key: s[key] for key in ("step", "watch")},
         lambda s: s | {"history": {}},
         lambda s: s | {"history": s["history"] | {"events": [{}]}},
-        lambda s: s | {"sums": {"moe": {}}},
-        lambda s: s | {"sums": {"moe": {"tiers": [2, 2], "sums": {"train": []}}}},
-        lambda s: s | {"sums": {"moe": s["sums"]["moe"] | {"tiers": [4]}}},
+        lambda s: s | {"watch": {}},
+        lambda s: s | {"watch": s["watch"] | {"num_classes": "3"}},
+        lambda s: with_layer(s, tiers=[4]),
+        lambda s: with_layer(s, sums={"train": []}),
+        lambda s: with_layer(s, sums={key: [] for key in ("train", "eval", "generate")}),
+        lambda s: with_layer(s, labels={"colour": []}),
+        lambda s: with_layer(s, labels={"class": [[1, 2]]}),
+        lambda s: with_layer(s, choices=3),
     ],
 )
 def test_broken_states_change_nothing(broken):

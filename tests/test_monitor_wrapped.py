@@ -36,6 +36,20 @@ def test_failing_rank_leaves_no_one_waiting(ranks):
     assert ranks.run(monitor_ranks.run_failing_on_the_first_alone) == [True, True]
 
 
+@pytest.mark.parametrize("at_close", [False, True])
+def test_failure_of_one_ranks_monitor_ends_the_watching_of_all(ranks, at_close):
+    (first, *of_first), (second, *of_second) = ranks.run(
+        monitor_ranks.run_with_a_failing_monitor, at_close
+    )
+    assert len(first) == len(second) == 1
+    assert "the training goes on: AttributeError" in first[0]
+    assert "stopped watching after an error in another process" in second[0]
+    # The hooks of the others stay until the next report, which is the last one here.
+    steps = [2, 4, 6] if at_close else [2]
+    assert of_first == [steps, False]
+    assert of_second == [steps, at_close]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_wrapper():
     torch.compiler.reset()

@@ -10,13 +10,8 @@ from rich.text import Text
 from ecomoe import Control, Report
 from ecomoe.ecology.events import Event
 from ecomoe.ecology.live import LiveView
-from ecomoe.ecology.report import (
-    build_record,
-    layer_record,
-    prediction_record,
-    scalars,
-    summary_line,
-)
+from ecomoe.ecology.records import build_record, layer_record, prediction_record
+from ecomoe.ecology.report import scalars, summary_line
 from ecomoe.ecology.statistics import Layout, routing_counts
 from ecomoe.ecology.taxonomy import Thresholds
 

@@ -14,11 +14,12 @@ from ecomoe.ecology.callback import callbacks_of, move_up, show
 from ecomoe.ecology.events import Event
 from ecomoe.ecology.readers import Reader
 from ecomoe.ecology.recorder import Recorder, check_keys
-from ecomoe.ecology.report import Report, build_record
+from ecomoe.ecology.records import build_record
+from ecomoe.ecology.report import Report
 from ecomoe.ecology.sinks import JsonlSink, check_log
 from ecomoe.ecology.statistics import outcomes_of
-from ecomoe.ecology.taps import PHASES, Phase
 from ecomoe.ecology.taxonomy import Thresholds
+from ecomoe.ecology.traffic import PHASES, Phase
 from ecomoe.ecology.watch import Watch, is_distributed, is_first_process
 from ecomoe.moe import EcoMoE
 from ecomoe.schedule import Schedule, unwrap_optimizer
@@ -338,15 +339,16 @@ class Monitor:
         raised: list[Event] = []
         record = None
         with self._watch.guarded():
-            for phase, (layers, metrics) in self._watch.take(phases).items():
+            for phase, taken in self._watch.take(phases).items():
                 record = build_record(
                     step=self.step_count,
                     phase=phase,
                     progress=self._progress(),
-                    layers=layers,
-                    metrics=metrics,
+                    layers=taken.layers,
+                    metrics=taken.metrics,
+                    z=self.thresholds.interval_z,
                 )
-                raised += self._recorder.add(record)
+                raised += self._recorder.add(record, taken.choices)
         for event in raised:
             if self.on_event is not None:
                 self.on_event(event)
@@ -364,7 +366,7 @@ class Monitor:
         return {
             "step": self.step_count,
             "history": self._recorder.state_dict(),
-            "sums": {} if self._watch is None else self._watch.sums(),
+            "watch": None if self._watch is None else self._watch.state_dict(),
             "schedule": None if self.schedule is None else dict(self.schedule.state_dict()),
         }
 
@@ -377,15 +379,17 @@ class Monitor:
         """
         optional = (dict, type(None))
         check_keys(
-            state, {"step": int, "history": dict, "sums": dict, "schedule": optional}, name="state"
+            state,
+            {"step": int, "history": dict, "watch": optional, "schedule": optional},
+            name="state",
         )
         self._recorder.check_state(state["history"])
-        if self._watch is not None:
-            self._watch.check_sums(state["sums"])
+        if self._watch is not None and state["watch"] is not None:
+            self._watch.check_state(state["watch"])
         if self._schedule is not None and state["schedule"] is not None:
             self._schedule.load_state_dict(state["schedule"])
-        if self._watch is not None:
-            self._watch.load_sums(state["sums"])
+        if self._watch is not None and state["watch"] is not None:
+            self._watch.load_state_dict(state["watch"])
         self.step_count = state["step"]
         self._recorder.load_state_dict(state["history"])
 

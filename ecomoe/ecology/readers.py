@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ecomoe.dispatch import Plan
 from ecomoe.ecology.decode import decode
-from ecomoe.ecology.taps import Decision, LayerTap, Traffic
+from ecomoe.ecology.taps import Decision, LayerTap
+from ecomoe.ecology.traffic import Traffic
 from ecomoe.moe import EcoMoE
 from ecomoe.routing import Routing
 
@@ -52,6 +53,11 @@ class EcoTap(LayerTap):
             args[1],
         )
         self.observe(decision, module=module)
+        self.compare(args[0], self._all_outputs, experts=self.layer.experts, module=module)
+
+    def _all_outputs(self, x_MD: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+        outputs_MEF = self.layer.experts.all_outputs(x_MD)
+        return outputs_MEF, torch.ones((), dtype=torch.bool, device=x_MD.device)
 
     def _read_experts(
         self, module: nn.Module, args: tuple[Tensor, Plan], outputs_SF: Tensor
@@ -96,7 +102,7 @@ class RouterTap(LayerTap):
         if self.num_keys is not None:
             # Its experts are looked up before the router's output is seen.
             self.tiers = (int(router.num_experts),)  # type: ignore[arg-type]
-            self._allocate(next(router.parameters()).device)
+            self.allocate(next(router.parameters()).device)
 
     def hooks(self) -> Iterator[tuple[nn.Module, str, Callable[..., None]]]:
         """Yield the modules to hook, ``"before"`` or ``"after"``, and the calls that read them."""
@@ -147,6 +153,50 @@ class RouterTap(LayerTap):
             if gates:
                 ids_NK = torch.where(gates[0].detach() == 0, num_columns - 1, ids_NK)
         self.observe_executed(ids_NK.long(), module=module)
+        if len(given) == len(args) + len(kwargs) == 3 and self._is_stacked(module):
+            self._compare_stacked(module, given, names=list(kwargs))
+
+    def _is_stacked(self, module: nn.Module) -> bool:
+        # The weights of all experts are one tensor a projection, as most families have them.
+        num_experts = self.layout.num_experts
+        stacks = [p for p in module.parameters() if p.dim() == 3]
+        known = getattr(module, "num_experts", None) == num_experts
+        return known and bool(stacks) and all(p.shape[0] == num_experts for p in stacks)
+
+    def _compare_stacked(self, module: nn.Module, given: list[Tensor], *, names: list[str]) -> None:
+        x_ND, ids_NK, weights_NK = given
+        if x_ND.dim() != 2 or ids_NK.dim() != 2 or ids_NK.shape != weights_NK.shape:
+            return
+        num_experts = self.layout.num_experts
+
+        def run(*values: Tensor) -> Tensor:
+            positional = len(values) - len(names)
+            by_name = dict(zip(names, values[positional:], strict=True))
+            # Not the instance's forward, which others may have wrapped to count or to move things.
+            outputs: Tensor = type(module).forward(module, *values[:positional], **by_name)
+            return outputs
+
+        def outputs_of(x_MD: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+            num_probes = x_MD.shape[0]
+            every_S = torch.arange(num_experts, device=ids_NK.device).repeat_interleave(num_probes)
+            ids_S1 = every_S[:, None].to(ids_NK.dtype)
+            outputs = run(x_MD.repeat(num_experts, 1), ids_S1, weights_NK.new_ones(ids_S1.shape))
+            outputs_MEF = outputs.view(num_experts, num_probes, -1).transpose(0, 1)
+            # Mixed by the gates they must give what the block gives, or they are something else.
+            ids_MK, weights_MK = ids_NK[rows_M], weights_NK.detach()[rows_M]
+            expected_MF = run(x_MD, ids_MK, weights_MK).float()
+            places_MK1 = ids_MK.long().clamp(0, num_experts - 1)[:, :, None]
+            chosen_MKF = outputs_MEF.float().gather(
+                1, places_MK1.expand(-1, -1, outputs_MEF.shape[-1])
+            )
+            mixed_MF = (chosen_MKF * weights_MK[:, :, None]).sum(1)
+            tolerance = 0.05 * expected_MF.abs().max()
+            return outputs_MEF, ((mixed_MF - expected_MF).abs() <= tolerance).all()
+
+        try:
+            self.compare(x_ND, outputs_of, experts=module, module=module)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            self.compared = True  # experts that cannot be asked like this are not compared
 
 
 class CustomTap(LayerTap):

@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ecomoe.ecology import saturation
 from ecomoe.ecology.events import Event, Memory, detect
+from ecomoe.ecology.records import note_saturation
 from ecomoe.ecology.report import PREFERENCE, TRAJECTORY_KEYS, Report, record_lines, scalars
+from ecomoe.ecology.saturation import Choices
 from ecomoe.ecology.sinks import JsonlSink, progress_bars_aside
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -43,9 +46,19 @@ class Recorder:
         self.sink: JsonlSink | None = None
         self._told = False
         self._memory: Memory = {}
+        self._snapshots: saturation.Memory = {}
 
-    def add(self, record: Record) -> list[Event]:
-        """Take a record, complete it with its events, write it, and return the events."""
+    def add(self, record: Record, choices: Mapping[str, Choices] | None = None) -> list[Event]:
+        """Take a record, complete it with its events, write it, and return the events.
+
+        Args:
+            record: A new record.
+            choices: By layer those for probed tokens, of an evaluation.
+        """
+        if choices:
+            step = record["step"]
+            overlaps, self._snapshots = saturation.compare(self._snapshots, choices, step=step)
+            note_saturation(record, overlaps)
         events, self._memory = detect(self._memory, record, thresholds=self.thresholds)
         record["events"] = [event.to_dict() for event in events]
         self.events += events
@@ -133,6 +146,7 @@ class Recorder:
             "trajectory": list(self.trajectory),
             "latest": dict(self.latest),
             "memory": self._memory,
+            "snapshots": self._snapshots,
             "log": None if self.sink is None else self.sink.state_dict(),
         }
 
@@ -143,7 +157,8 @@ class Recorder:
         Raises:
             ValueError: It did not come from `state_dict`.
         """
-        kinds = {"events": list, "trajectory": list, "latest": dict, "memory": dict}
+        kinds = {"events": list, "trajectory": list, "latest": dict}
+        kinds |= {"memory": dict, "snapshots": dict}
         checked = check_keys(state, {**kinds, "log": (dict, type(None))}, name="state['history']")
         places = ("start", "end", "check")
         if checked["log"] is not None:
@@ -160,6 +175,7 @@ class Recorder:
         self.latest = dict(state["latest"])
         self.records = list(self.latest.values())
         self._memory = state["memory"]
+        self._snapshots = state["snapshots"]
         if self.sink is None or state["log"] is None:
             return
         if self.sink.rewind(state["log"]):

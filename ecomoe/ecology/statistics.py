@@ -14,7 +14,7 @@ V all sums of a layer in one vector.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -23,6 +23,8 @@ from torch import Tensor
 
 Basis: TypeAlias = Literal["top1", "topk"]
 BASES: tuple[Basis, Basis] = ("top1", "topk")
+LabelKind: TypeAlias = Literal["class", "token", "domain"]
+LABEL_KINDS: tuple[LabelKind, ...] = ("class", "token", "domain")
 
 # Above this the (E, E) co-activation would outweigh all other sums of a layer by far.
 MAX_PAIRED_EXPERTS = 256
@@ -47,7 +49,8 @@ class Layout:
         ``num_tokens`` routed tokens; ``padding`` tokens left out; ``dropped`` slots that their
         expert had no capacity for; ``nonfinite`` tokens with a NaN or infinite logit; ``entropy``
         of the tokens' distributions, nats; ``probes`` tokens that were probed for lockdown, of
-        which ``flips`` changed their set, with their ``margin``.
+        which ``flips`` changed their set, with their ``margin``; ``compared`` tokens that went
+        through all experts, with the ``cosine`` of the outputs, in ``aligned`` passes with ``cka``.
         By expert: ``top1`` first choices, ``topk`` slots, ``executed`` slots as the experts
         themselves received them, ``gate`` mass, ``judged`` first choices with a known outcome, of
         which ``correct``, ``easy`` and ``hard``.
@@ -57,7 +60,7 @@ class Layout:
         experts = self.num_experts
         paired = experts if experts <= MAX_PAIRED_EXPERTS else 0
         tokens = ("num_tokens", "padding", "dropped", "nonfinite", "entropy")
-        probes = ("probes", "flips", "margin")
+        probes = ("probes", "flips", "margin", "compared", "cosine", "aligned", "cka")
         by_expert = ("top1", "topk", "executed", "gate", "judged", "correct", "easy", "hard")
         return {
             **dict.fromkeys(tokens + probes, ()),
@@ -306,6 +309,31 @@ def wilson_interval(count: float, total: float, *, z: float = 1.96) -> tuple[flo
     # Rounding must not push the bounds past the share itself, nor past 0 and 1.
     low = min(max(0.0, (centre - half) / scale), share)
     return low, max(min(1.0, (centre + half) / scale), share)
+
+
+def wilson_intervals(
+    counts: Sequence[float], totals: Sequence[float] | float, *, z: float = 1.96, digits: int = 3
+) -> list[list[float] | None]:
+    """Return the `wilson_interval` of each share, rounded outwards; ``None`` without trials.
+
+    >>> wilson_intervals([0, 50], 400), wilson_intervals([1], [0])
+    ([[0.0, 0.00952], [0.0961, 0.162]], [None])
+    """
+    if not isinstance(totals, Sequence):
+        totals = [totals] * len(counts)
+    found: list[list[float] | None] = []
+    for count, total in zip(counts, totals, strict=True):
+        low, high = wilson_interval(count, total, z=z)
+        bounds = [_rounded(low, math.floor, digits), _rounded(high, math.ceil, digits)]
+        found.append(bounds if total else None)
+    return found
+
+
+def _rounded(bound: float, towards: Callable[[float], int], digits: int) -> float:
+    if not bound:
+        return 0.0
+    shift = 10.0 ** (digits - 1 - math.floor(math.log10(bound)))
+    return float(f"{towards(bound * shift) / shift:.{digits}g}")
 
 
 def coactivation_lift(pairs_EE: Tensor, topk_E: Tensor) -> Tensor:

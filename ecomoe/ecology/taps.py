@@ -2,31 +2,29 @@
 
 A tap adds what a router decided to a vector of sums on the router's device. Nothing waits for the
 device, nothing is returned, no random number is drawn, and no per-token tensor outlives a forward
-pass, with one exception: in evaluation the first choices of the last pass stay until its labels
-are known.
+pass, with two exceptions: in evaluation the first choices of the last pass stay until its labels
+are known, and the choices for 64 tokens of the first until the next report.
 
 Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M predictions or probes.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.control import Control
-from ecomoe.ecology import lockdown, statistics
-from ecomoe.ecology.statistics import Layout, Outcomes
+from ecomoe.ecology import lockdown, redundancy, statistics
+from ecomoe.ecology.statistics import LabelKind, Layout, Outcomes
+from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic, recomputing
 from ecomoe.hooks import ForwardHook
 
-Phase: TypeAlias = Literal["train", "eval", "generate"]
 MAX_CLASSES = 256
-PHASES: tuple[Phase, Phase, Phase] = ("train", "eval", "generate")
+MAX_DOMAINS = 64
 
 
 class Decision(NamedTuple):
@@ -49,76 +47,26 @@ class Decision(NamedTuple):
     kept_NK: Tensor | None = None
 
 
-class Traffic:
-    """What is known of the forward pass in progress, told by hooks on the whole model.
-
-    Attributes:
-        inside: Whether a forward pass of the whole model is in progress.
-        phase: Its kind of traffic.
-        evaluated: Whether evaluation passes were seen; the monitor resets it.
-        outputs_shape: Of what the last evaluation pass gave, where that was a tensor or has logits.
-    """
-
-    def __init__(self) -> None:
-        self.inside = False
-        self.phase: Phase = "train"
-        self.evaluated = False
-        self.outputs_shape: torch.Size | None = None
-        self.masks: dict[str, Tensor] = {}
-
-    def begin(self, training: bool, inputs: dict[str, Any]) -> None:
-        """Note the phase and the padding of a pass."""
-        self.inside = True
-        # generate() says whether to use a cache, or for which positions it wants logits.
-        signs = ("past_key_values", "use_cache", "logits_to_keep")
-        generating = any(inputs.get(sign) is not None for sign in signs)
-        self.phase = "train" if training else "generate" if generating else "eval"
-        self.masks = {}
-        for side in ("", "decoder_"):
-            mask = inputs.get(f"{side}attention_mask")
-            if isinstance(mask, Tensor) and mask.dim() == 2:
-                ids = inputs.get(f"{side}input_ids")
-                if isinstance(ids, Tensor) and ids.dim() == 2:
-                    mask = mask[:, -ids.shape[1] :]  # with a cache, only the last tokens come in
-                self.masks[side] = mask.reshape(-1) != 0
-
-    def end(self) -> None:
-        """Forget the pass."""
-        self.inside = False
-        self.masks = {}
-
-    def may_predict(self, num_predictions: int, *, num_classes: int) -> bool:
-        """Whether so many predictions may be all that follow from the last evaluation pass.
-
-        There is one a sample, one for each of several places in it, or, where classes are not the
-        last axis, as many as there are outputs for all classes. If nothing is known, any may.
-        """
-        shape = self.outputs_shape
-        if shape is None or len(shape) < 2:
-            return True
-        leading = [math.prod(shape[:axes]) for axes in range(1, len(shape))]
-        return num_predictions in (*leading, math.prod(shape) / num_classes)
-
-    def phase_of(self, module: nn.Module) -> Phase:
-        """Return in which traffic a module runs; outside a pass its own mode tells."""
-        if self.inside:
-            return self.phase
-        return "train" if module.training else "eval"
-
-    def valid(self, num_tokens: int, *, side: str = "") -> Tensor | None:
-        """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown."""
-        for mask_N in (self.masks.get(side), *self.masks.values()):
-            if mask_N is not None and mask_N.shape[0] == num_tokens:
-                return mask_N
-        return None
-
-
 class Seen(NamedTuple):
     """First choices of one evaluation call, kept until its labels are known."""
 
     first_N: Tensor
     predicted_N: Tensor | None
     valid_N: Tensor | None
+
+
+class Probe(NamedTuple):
+    """The choices for a few tokens of an evaluation's first call, to compare with later ones.
+
+    Attributes:
+        data: Fingerprint of the model's inputs, a scalar.
+        valid_M: False for padding, and for a token that is there already.
+        ids_MK: Chosen experts, int16.
+    """
+
+    data: Tensor
+    valid_M: Tensor
+    ids_MK: Tensor
 
 
 class LayerTap:
@@ -135,8 +83,10 @@ class LayerTap:
         top_k: Experts per token, as last seen.
         refused: Why the layer cannot be read, if so; it is then left out of reports.
         control: The layer's control settings, if it has any.
-        classes_EC: Judged tokens by first-choice expert and true class, where there are few enough
-            classes (C of them).
+        labels: Evaluated tokens by first-choice expert and label, ``(E, labels)``, by the kind of
+            label: ``"class"``, where there are few enough, ``"token"`` and ``"domain"``.
+        probe: The choices for a few tokens since the evaluation began.
+        compared: Whether the experts' outputs were compared since then.
     """
 
     control: Control | None = None
@@ -158,15 +108,18 @@ class LayerTap:
         self.refused: str | None = None
         self.seen: list[Seen] = []
         self.sums: dict[Phase, Tensor] = {}
-        self.classes_EC: Tensor | None = None
+        self.labels: dict[LabelKind, Tensor] = {}
+        self.probe: Probe | None = None
+        self.compared = False
         if tiers and device is not None:
-            self._allocate(device)
+            self.allocate(device)
 
     def hooks(self) -> Iterator[tuple[nn.Module, str, Callable[..., None]]]:
         """Yield the modules to hook, ``"before"`` or ``"after"``, and the calls that read them."""
         raise NotImplementedError
 
-    def _allocate(self, device: torch.device) -> None:
+    def allocate(self, device: torch.device) -> None:
+        """Make room for the sums on a device; those that are there move along."""
         self.layout = Layout(sum(self.tiers), len(self.tiers))
         # An inference tensor could not be added to outside inference mode.
         with torch.inference_mode(False):
@@ -180,32 +133,6 @@ class LayerTap:
             self.tier_of_E = torch.tensor(tier_of, device=device)
             self.gumbel_ME = lockdown.gumbel_noise(self.layout.num_experts).to(device)
 
-    def check(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
-        """Check saved sums.
-
-        Raises:
-            ValueError: They belong to a layer of other tiers.
-        """
-        if self.sums and tiers != self.tiers:
-            raise ValueError(
-                f"the state has tiers {tiers} for layer {self.name!r} of tiers {self.tiers}; load "
-                "it into a monitor of the same model"
-            )
-        size = Layout(sum(tiers), len(tiers)).size
-        if any(len(sums[phase]) != size for phase in PHASES):
-            raise ValueError(
-                f"the state of layer {self.name!r} must have {size} sums in each phase; pass what "
-                "Monitor.state_dict() returned"
-            )
-
-    def load(self, tiers: tuple[int, ...], sums: Mapping[str, Sequence[float]]) -> None:
-        """Set the sums to saved ones that pass `check`."""
-        if not self.sums:
-            self.tiers = tiers
-            self._allocate(torch.device("cpu"))  # moves with the first call
-        for phase, sums_V in self.sums.items():
-            sums_V.copy_(torch.tensor(sums[phase], dtype=sums_V.dtype))
-
     def observe(self, decision: Decision, *, module: nn.Module) -> None:
         """Add one call's decisions to the sums, unless a backward pass is recomputing it."""
         ids_NK = decision.expert_ids_NK.detach()
@@ -214,9 +141,9 @@ class LayerTap:
         if not self.sums:
             assert decision.logits_NE is not None
             self.tiers = (decision.logits_NE.shape[-1],)
-            self._allocate(ids_NK.device)
+            self.allocate(ids_NK.device)
         elif ids_NK.device != self.tier_of_E.device:
-            self._allocate(ids_NK.device)
+            self.allocate(ids_NK.device)
         self.top_k = ids_NK.shape[1]
         phase = self.traffic.phase_of(module)
         valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
@@ -250,7 +177,70 @@ class LayerTap:
                 if decision.kept_NK is not None:
                     kept_N = decision.kept_NK[:, 0]
                     judged_N = kept_N if valid_N is None else kept_N & valid_N
-                self.seen.append(Seen(ids_NK[:, 0].clone(), None, judged_N))
+                first_N = ids_NK[:, 0].clone()
+                self.seen.append(Seen(first_N, None, judged_N))
+                self._note_choices(ids_NK, valid_N)
+                buckets_N = self.traffic.buckets_of(ids_NK.shape[0], side=self.side)
+                if buckets_N is not None:
+                    self._count_labels(
+                        "token", first_N, buckets_N, judged_N, num_labels=self.traffic.token_buckets
+                    )
+
+    def _note_choices(self, ids_NK: Tensor, valid_N: Tensor | None) -> None:
+        if self.probe is not None or self.traffic.data is None or not self.traffic.inside:
+            return
+        rows_M = lockdown.probe_rows(ids_NK.shape[0], device=ids_NK.device)
+        valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
+        if valid_N is not None:
+            valid_M = valid_M & valid_N[rows_M]
+        self.probe = Probe(self.traffic.data, valid_M, ids_NK[rows_M].to(torch.int16))
+
+    def compare(
+        self,
+        x_ND: Tensor,
+        outputs_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        *,
+        experts: nn.Module,
+        module: nn.Module,
+    ) -> None:
+        """Sum up how alike all experts' outputs are on a few tokens, once an evaluation.
+
+        Args:
+            x_ND: The layer's tokens.
+            outputs_of: From a few of them ``(M, D)`` and their rows to every expert's output on
+                each, ``(M, E, F)``, and whether these can be trusted, a scalar.
+            experts: What is then run; where it draws random numbers, or its weights are not all
+                here, nothing is compared.
+            module: The module that is being called.
+        """
+        if self.compared or not self.sums or recomputing() or x_ND.shape[0] == 0:
+            return
+        if self.traffic.phase_of(module) != "eval" or not _can_be_probed(experts):
+            return
+        self.compared = True
+        rows_M = lockdown.probe_rows(
+            x_ND.shape[0], device=x_ND.device, num_probes=redundancy.NUM_PROBES
+        )
+        valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
+        valid_N = self.traffic.valid(x_ND.shape[0], side=self.side)
+        if valid_N is not None:
+            valid_M = valid_M & valid_N[rows_M]
+        with torch.no_grad():
+            outputs_MEF, trusted = outputs_of(x_ND.detach()[rows_M], rows_M)
+            with torch.autocast(x_ND.device.type, enabled=False):
+                parts = redundancy.similarity_counts(outputs_MEF, valid_M=valid_M & trusted)
+            sums_V = self.sums["eval"]
+            sums_V.add_(self.layout.pack(parts, like=sums_V))
+
+    def restart(self, phases: Sequence[Phase]) -> None:
+        """Start to count anew at zero."""
+        for phase in phases:
+            self.sums[phase].zero_()
+        if "eval" in phases:
+            for labels in self.labels.values():
+                labels.zero_()
+            self.probe = None
+            self.compared = False
 
     def observe_executed(self, ids_NK: Tensor, *, module: nn.Module) -> None:
         """Add the slots as the experts received them, to compare with the router's decisions."""
@@ -279,7 +269,13 @@ class LayerTap:
             self.seen[-1] = self.seen[-1]._replace(predicted_N=predicted_N)
 
     def judge(
-        self, outcomes: Outcomes, *, num_classes: int, easy_above: float, hard_below: float
+        self,
+        outcomes: Outcomes,
+        *,
+        num_classes: int,
+        easy_above: float,
+        hard_below: float,
+        domains_M: Tensor | None = None,
     ) -> bool:
         """Count the outcomes of the last evaluation pass by expert.
 
@@ -300,7 +296,12 @@ class LayerTap:
             if valid_N is not None:
                 known_N = known_N & valid_N
             if num_classes <= MAX_CLASSES:
-                self._count_classes(first_N, targets_N, known_N, num_classes=num_classes)
+                self._count_labels("class", first_N, targets_N, known_N, num_labels=num_classes)
+            if domains_M is not None:
+                domains_N = domains_M.to(first_N.device).repeat_interleave(repeats)
+                inside_N = (domains_N >= 0) & (domains_N < MAX_DOMAINS)
+                inside_N = inside_N if valid_N is None else inside_N & valid_N
+                self._count_labels("domain", first_N, domains_N, inside_N, num_labels=MAX_DOMAINS)
             parts = statistics.outcome_counts(
                 first_N,
                 layout=self.layout,
@@ -314,78 +315,35 @@ class LayerTap:
             sums_V.add_(self.layout.pack(parts, like=sums_V))
         return len(fits) == len(seen)
 
-    def _count_classes(
-        self, first_N: Tensor, targets_N: Tensor, known_N: Tensor, *, num_classes: int
+    def _count_labels(
+        self,
+        kind: LabelKind,
+        first_N: Tensor,
+        labels_N: Tensor,
+        known_N: Tensor | None,
+        *,
+        num_labels: int,
     ) -> None:
-        shape = (self.layout.num_experts, num_classes)
-        if self.classes_EC is None or self.classes_EC.shape != shape:
+        shape = (self.layout.num_experts, num_labels)
+        if kind not in self.labels or self.labels[kind].shape != shape:
             with torch.inference_mode(False):
-                self.classes_EC = torch.zeros(
+                self.labels[kind] = torch.zeros(
                     shape, dtype=self.sums["eval"].dtype, device=first_N.device
                 )
-        cells_N = first_N * num_classes + torch.where(known_N, targets_N, 0)
+        known_N = torch.ones_like(first_N, dtype=torch.bool) if known_N is None else known_N
+        cells_N = first_N * num_labels + torch.where(known_N, labels_N, 0)
         counts = statistics.sum_by(
-            cells_N, known_N.to(self.classes_EC.dtype), size=self.classes_EC.numel()
+            cells_N, known_N.to(self.sums["eval"].dtype), size=self.labels[kind].numel()
         )
-        self.classes_EC.add_(counts.view(shape))
+        self.labels[kind].add_(counts.view(shape))
 
 
-class RootTap:
-    """Reads the whole model's inputs and, in evaluation, its outputs and labels.
-
-    Args:
-        model: The whole model.
-        traffic: Told of each pass.
-        on_begin: Called at the start of each pass.
-        on_outputs: Called at the end of an evaluation pass with the outputs and the inputs by name.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        traffic: Traffic,
-        on_begin: Callable[[], None],
-        on_outputs: Callable[[Any, dict[str, Any]], None],
-    ) -> None:
-        self.traffic = traffic
-        self.on_begin = on_begin
-        self.on_outputs = on_outputs
-        while isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        ):
-            model = inner  # a compiled or a distributed wrapper takes *args
-        parameters = inspect.signature(model.forward).parameters.values()
-        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self.names, args, strict=False)) | kwargs
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        if not recomputing():
-            self.traffic.begin(module.training, self._inputs(args, kwargs))
-            self.on_begin()
-
-    def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
-    ) -> None:
-        """Forward hook, called even where the forward raised."""
-        if recomputing():
-            return
-        phase = self.traffic.phase
-        self.traffic.end()
-        if phase == "eval" and outputs is not None:
-            logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-            self.traffic.outputs_shape = logits.shape if isinstance(logits, Tensor) else None
-            self.on_outputs(outputs, self._inputs(args, kwargs))
-
-
-def recomputing() -> bool:
-    """Whether a backward pass runs this forward again (gradient checkpointing)."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
+def _can_be_probed(experts: nn.Module) -> bool:
+    """Whether running experts once more is sure to change nothing and to need no other process."""
+    parameters = [p for p in experts.parameters() if not p.is_meta and type(p) is nn.Parameter]
+    return not any(part.training for part in experts.modules()) and (
+        len(parameters) == len(list(experts.parameters()))
+    )
 
 
 def attach_taps(

@@ -5,25 +5,40 @@ Axes: M predictions.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology import statistics, taps, transfer
+from ecomoe.ecology.layer_state import check_layer_state, layer_state, load_layer_state
 from ecomoe.ecology.readers import Reader, find_taps
 from ecomoe.ecology.recorder import check_keys
-from ecomoe.ecology.report import layer_record
+from ecomoe.ecology.records import layer_record, metrics_record
+from ecomoe.ecology.saturation import Choices
 from ecomoe.ecology.statistics import Outcomes
-from ecomoe.ecology.taps import Phase, RootTap, Traffic
 from ecomoe.ecology.taxonomy import Thresholds
+from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic
 
 Record = dict[str, Any]
+
+
+class Taken(NamedTuple):
+    """What was counted of one kind of traffic.
+
+    Attributes:
+        layers: Records of the layers that saw tokens.
+        metrics: The outcome over all predictions.
+        choices: By layer those for probed tokens.
+    """
+
+    layers: list[Record]
+    metrics: Record
+    choices: dict[str, Choices]
 
 
 class Watch:
@@ -33,10 +48,13 @@ class Watch:
         model: What to watch.
         thresholds: Unscaled.
         readers: How to read modules of other packages, by their class.
+        token_buckets: Groups of token ids whose experts are counted; 0 for none.
 
     Attributes:
         handles: Of all hooks; whoever adds one has it removed with the others.
-        taps: One for each layer that is watched; none after an error.
+        taps: One for each layer that is watched.
+        num_classes: Classes of the task, once known.
+        failed: Whether the watching has ended with an error.
 
     Raises:
         ValueError: The model has no layer to watch.
@@ -48,15 +66,18 @@ class Watch:
         *,
         thresholds: Thresholds,
         readers: Mapping[type[nn.Module], Reader] | None = None,
+        token_buckets: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} must be an nn.Module; pass the model")
         self.thresholds = thresholds
         self.handles: list[RemovableHandle] = []
-        self._traffic = Traffic()
-        self._outcomes: list[Tensor] = []
+        self.num_classes: int | None = None
+        self.failed = False
+        self._all_know = False
+        self._traffic = Traffic(token_buckets=token_buckets)
+        self._outcomes_3: Tensor | None = None
         self._judged = False
-        self._num_classes: int | None = None
         self._shift = predicts_next_token(model)
         self._warned: set[str] = set()
         self.taps = find_taps(model, traffic=self._traffic, readers=readers or {})
@@ -76,48 +97,83 @@ class Watch:
     def close(self) -> None:
         """Remove all hooks."""
         taps.remove(self.handles)
-        self.taps = []
 
     @property
     def evaluated(self) -> bool:
         """Whether there was evaluation traffic since it was last taken."""
         return self._traffic.evaluated
 
-    def take(self, phases: Sequence[Phase]) -> dict[Phase, tuple[list[Record], Record]]:
+    def take(self, phases: Sequence[Phase]) -> dict[Phase, Taken]:
         """Take the counts of some phases, in one transfer a device; they start anew at zero.
 
+        Where several processes train together, all of them must call this together. If the
+        watching has failed in one of them, it ends in all.
+
         Returns:
-            By phase that saw tokens: the records of the layers, and the outcome over all
-            predictions.
+            What was counted, by phase that saw tokens.
         """
-        taken = transfer.take_sums(self.taps, tuple(phases), reduce=self._reduce())
+        phases = tuple(phases)
+        reduce = self._meet(phases) if is_distributed() else None
+        if self.failed:
+            return {}
+        taken, outcomes_3 = transfer.take_sums(
+            self.taps,
+            phases,
+            reduce=reduce,
+            first=is_first_process(),
+            outcomes_3=self._outcomes_3 if "eval" in phases else None,
+        )
         for tap in self.taps:
             if tap.refused is not None:
                 self._tell_refusal(tap)
-        metrics = self._metrics() if "eval" in phases else {}
-        found: dict[Phase, tuple[list[Record], Record]] = {}
+        found: dict[Phase, Taken] = {}
         for phase in phases:
-            layers = [
-                layer_record(
-                    tap.name,
-                    taken[tap.name].sums[phase],
-                    layout=tap.layout,
-                    layer_tiers=tap.tiers,
-                    top_k=tap.top_k,
-                    thresholds=self.thresholds,
-                    control=tap.control,
-                    extras=taken[tap.name].extras,
-                    classes_EC=taken[tap.name].classes_EC if phase == "eval" else None,
-                    num_classes=self._num_classes,
-                )
+            read = [
+                tap
                 for tap in self.taps
                 if tap.name in taken and self._readable(tap, taken[tap.name].sums[phase])
             ]
-            if layers:
-                found[phase] = layers, metrics if phase == "eval" else {}
-            if phase == "eval":
-                self._traffic.evaluated = False
+            layers = [self._layer_record(tap, taken[tap.name], phase) for tap in read]
+            if layers and phase == "eval":
+                choices = {tap.name: taken[tap.name].choices for tap in read}
+                known = {name: of_layer for name, of_layer in choices.items() if of_layer}
+                found[phase] = Taken(layers, metrics_record(outcomes_3.tolist()), known)
+            elif layers:
+                found[phase] = Taken(layers, {}, {})
+        if "eval" in phases:
+            self._traffic.evaluated = False
+            self._traffic.data = None
+            self._outcomes_3 = None
         return found
+
+    def _layer_record(self, tap: taps.LayerTap, taken: transfer.Taken, phase: Phase) -> Record:
+        return layer_record(
+            tap.name,
+            taken.sums[phase],
+            layout=tap.layout,
+            layer_tiers=tap.tiers,
+            top_k=tap.top_k,
+            thresholds=self.thresholds,
+            control=tap.control,
+            extras=taken.extras,
+            labels=taken.labels if phase == "eval" else {},
+            num_classes=self.num_classes,
+        )
+
+    def _meet(self, phases: tuple[Phase, ...]) -> transfer.Reduce | None:
+        """Hear how the other processes stand; return what adds up their sums, if they fit."""
+        if self._all_know:
+            return None
+        self._all_know = True  # should this exchange itself fail, it is not tried again
+        failed, alike = transfer.agree(self.taps, phases, failed=self.failed)
+        self._all_know = failed
+        if failed and not self.failed:
+            self._stop("an error in another process, which tells it")
+        if not alike:
+            self._warn(
+                "reduce", "processes have called different layers: counts are of this one alone"
+            )
+        return distributed.all_reduce if alike else None
 
     def _readable(self, tap: taps.LayerTap, sums_V: Tensor) -> bool:
         """Whether a layer saw tokens, and its experts received what its router decided."""
@@ -136,40 +192,14 @@ class Watch:
     def _tell_refusal(self, tap: taps.LayerTap) -> None:
         self._warn(tap.name, f"layer {tap.name!r} is left out of the report: {tap.refused}")
 
-    def _metrics(self) -> Record:
-        if not self._outcomes and not is_distributed():
-            return {}
-        device = self.taps[0].sums["eval"].device if self.taps[0].sums else torch.device("cpu")
-        nothing_3 = torch.zeros(3, dtype=statistics.wide_dtype(device), device=device)
-        sums_3 = torch.stack([nothing_3, *(s.to(device) for s in self._outcomes)]).sum(0)
-        self._outcomes.clear()
-        if is_distributed():
-            distributed.all_reduce(sums_3)
-        correct, judged, losses = sums_3.tolist()
-        if not judged:
-            return {}
-        loss = losses / judged if math.isfinite(losses) else None  # JSON knows no NaN
-        return {"accuracy": correct / judged, "loss": loss, "judged": int(judged)}
-
-    def _reduce(self) -> transfer.Reduce | None:
-        if not is_distributed():
-            return None
-
-        def reduce(sums_V: Tensor) -> None:
-            # Layers are found at their first call: where a process has not called one, sums differ
-            # in length, and adding them up would mix layers.
-            sizes_2 = torch.tensor([sums_V.shape[0], -sums_V.shape[0]], device=sums_V.device)
-            distributed.all_reduce(sizes_2, op=distributed.ReduceOp.MAX)
-            if (sizes_2.sum() == 0).item():
-                distributed.all_reduce(sums_V)
-            else:
-                self._warn(
-                    "reduce", "processes have called different layers: counts are of this one alone"
-                )
-
-        return reduce
-
-    def evaluate(self, outcomes: Outcomes, *, num_classes: int, per_sample: bool) -> None:
+    def evaluate(
+        self,
+        outcomes: Outcomes,
+        *,
+        num_classes: int,
+        per_sample: bool,
+        domains_M: Tensor | None = None,
+    ) -> None:
         """Count the outcomes of the evaluation pass just done; the first call for a pass counts.
 
         Args:
@@ -177,11 +207,12 @@ class Watch:
             num_classes: Classes that the predictions are of.
             per_sample: Whether there is one prediction a sample: then classes make the task's
                 complexity, which a vocabulary does not.
+            domains_M: Domain of each prediction.
         """
-        if self._judged:
+        if self._judged or self.failed:
             return
         self._judged = True
-        self._num_classes = num_classes if per_sample and num_classes > 1 else None
+        self.num_classes = num_classes if per_sample and num_classes > 1 else None
         num_outcomes = outcomes.correct_M.shape[0]
         fits = self._traffic.may_predict(num_outcomes, num_classes=num_classes)
         for tap in self.taps if fits else ():
@@ -190,10 +221,14 @@ class Watch:
                 num_classes=num_classes,
                 easy_above=self.thresholds.easy_confidence,
                 hard_below=self.thresholds.hard_confidence,
+                domains_M=domains_M,
             )
         wide = statistics.wide_dtype(outcomes.valid_M.device)
         sums = (outcomes.correct_M & outcomes.valid_M, outcomes.valid_M, outcomes.losses_M)
-        self._outcomes.append(torch.stack([values_M.to(wide).sum() for values_M in sums]))
+        sums_3 = torch.stack([values_M.to(wide).sum() for values_M in sums])
+        self._outcomes_3 = (
+            sums_3 if self._outcomes_3 is None else self._outcomes_3.to(sums_3) + sums_3
+        )
         if not fits:
             self._warn(
                 "match",
@@ -221,41 +256,51 @@ class Watch:
             per_sample=logits.dim() == 2,
         )
 
-    def sums(self) -> dict[str, Record]:
-        """Return the counts that were not taken yet, by layer, as plain data."""
-        taken = transfer.take_sums(self.taps, taps.PHASES, restart=False)
-        return {
-            tap.name: {
-                "tiers": list(tap.tiers),
-                "sums": {phase: v.tolist() for phase, v in taken[tap.name].sums.items()},
-            }
-            for tap in self.taps
-            if tap.name in taken
-        }
+    def state_dict(self) -> Record:
+        """Return what was not taken yet, and what later records need, as plain data."""
+        layers: Record = {}
+        outcomes = [0.0] * 3
+        if not self.failed:
+            taken, outcomes_3 = transfer.take_sums(
+                self.taps, PHASES, restart=False, outcomes_3=self._outcomes_3
+            )
+            layers = {tap.name: layer_state(tap, taken[tap.name]) for tap in self.taps if tap.sums}
+            outcomes = outcomes_3.tolist()
+        return {"sums": layers, "outcomes": outcomes, "num_classes": self.num_classes}
 
-    def check_sums(self, state: Mapping[str, Any]) -> None:
-        """Check counts that `sums` gave before anything is changed.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Check a state before anything is changed.
 
         Raises:
-            ValueError: They belong to a model with other layers, or are no such counts.
+            ValueError: It belongs to a model with other layers, or did not come from `state_dict`.
         """
+        optional = (int, type(None))
+        check_keys(
+            state, {"sums": dict, "outcomes": list, "num_classes": optional}, name="state['watch']"
+        )
         by_name = {tap.name: tap for tap in self.taps}
-        if not set(state) <= set(by_name):
+        if not set(state["sums"]) <= set(by_name):
             raise ValueError(
-                f"the state has layers {sorted(state)}, the model {sorted(by_name)}; load it into "
-                "a monitor of the same model"
+                f"the state has layers {sorted(state['sums'])}, the model {sorted(by_name)}; load "
+                "it into a monitor of the same model"
             )
-        for name, of_layer in state.items():
-            part = f"state['sums'][{name!r}]"
-            check_keys(of_layer, {"tiers": list, "sums": dict}, name=part)
-            check_keys(of_layer["sums"], dict.fromkeys(taps.PHASES, list), name=part)
-            by_name[name].check(tuple(of_layer["tiers"]), of_layer["sums"])
+        for name, of_layer in state["sums"].items():
+            check_layer_state(by_name[name], of_layer)
 
-    def load_sums(self, state: Mapping[str, Record]) -> None:
-        """Go on from counts that pass `check_sums`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that passes `check_state`."""
         by_name = {tap.name: tap for tap in self.taps}
-        for name, of_layer in state.items():
-            by_name[name].load(tuple(of_layer["tiers"]), of_layer["sums"])
+        for name, of_layer in state["sums"].items():
+            load_layer_state(by_name[name], of_layer)
+        evaluated = [
+            t for t in self.taps if t.sums and t.layout.unpack(t.sums["eval"])["top1"].any()
+        ]
+        self._traffic.evaluated = bool(evaluated)
+        if any(state["outcomes"]):
+            device = self.taps[0].sums["eval"].device if self.taps[0].sums else None
+            wide = statistics.wide_dtype(device or torch.device("cpu"))
+            self._outcomes_3 = torch.tensor(state["outcomes"], dtype=wide, device=device)
+        self.num_classes = state["num_classes"]
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -263,29 +308,30 @@ class Watch:
         try:
             yield
         except Exception as error:
-            self._stop(error)
+            self._stop(f"an error of its own; the training goes on: {_told(error)}")
 
     def _guard(self, call: Callable[..., None]) -> Callable[..., None]:
         def guarded(*args: Any) -> None:
             try:
                 call(*args)
             except Exception as error:
-                self._stop(error)
+                self._stop(f"an error of its own; the training goes on: {_told(error)}")
 
         return guarded
 
-    def _stop(self, error: Exception) -> None:
+    def _stop(self, why: str) -> None:
+        self.failed = True
         self.close()
-        self._warn(
-            "stopped",
-            "ecomoe.Monitor stopped watching after an error of its own; the training goes on: "
-            f"{type(error).__name__}: {error}",
-        )
+        self._warn("stopped", f"ecomoe.Monitor stopped watching after {why}")
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(text, stacklevel=3)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def is_distributed() -> bool:
