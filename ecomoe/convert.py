@@ -19,6 +19,7 @@ from ecomoe import arguments
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE
 from ecomoe.oracle import Oracle
+from ecomoe.routers import feed_token_ids
 from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 
@@ -47,6 +48,7 @@ def convert(
     temperature: float | None = None,
     entropy_weight: float | None = None,
     router: str = "mlp",
+    router_options: Mapping[str, Any] | None = None,
     oracle: Oracle | None = None,
     divergence_weight: float = 0.0,
     z_weight: float = 0.0,
@@ -81,7 +83,8 @@ def convert(
         ortho_weight: See `EcoMoE`.
         temperature: See `EcoMoE`.
         entropy_weight: See `EcoMoE`.
-        router: See `EcoMoE`.
+        router: See `EcoMoE`; ``"hash"`` needs a model with token ids.
+        router_options: See `EcoMoE`.
         oracle: See `EcoMoE`; ``"dense"`` compares with a frozen copy of the dense block.
         divergence_weight: See `EcoMoE`.
         z_weight: See `EcoMoE`.
@@ -112,6 +115,7 @@ def convert(
         "temperature": temperature,
         "entropy_weight": entropy_weight,
         "router": router,
+        "router_options": router_options,
         "oracle": oracle,
         "divergence_weight": divergence_weight,
         "z_weight": z_weight,
@@ -119,9 +123,14 @@ def convert(
         "warmup_fraction": warmup_fraction,
     }
     planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
+    embeddings = _token_embeddings(model) if router == "hash" else []
     before = Cost.of(model, dense=chosen)
     _replace(model, planned, init=init, amount=amount)
+    if embeddings:
+        feed_token_ids(model, *embeddings)
     record = {"blocks": [block.name for block in chosen], "expert_width": expert_width, **settings}
+    if router_options is not None:
+        record["router_options"] = dict(router_options)
     if callable(oracle):
         record["oracle"] = LOST
     for adapter in adapters_of(model):
@@ -157,6 +166,23 @@ def rebuild(model: nn.Module, records: Sequence[Mapping[str, Any]], *, prefix: s
             )
         planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
         _replace(model, planned, init="upcycle", amount=0.0)
+        if settings["router"] == "hash":
+            feed_token_ids(model, *_token_embeddings(model))
+
+
+def _token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that receive token ids.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [part for adapter in adapters_of(model) for part in adapter.token_embeddings(model)]
+    if not found:
+        raise ValueError(
+            f"router='hash' goes by token ids, and model={type(model).__name__} has no embedding "
+            "of tokens; choose another router"
+        )
+    return found
 
 
 def _lost_oracle(x_ND: Tensor) -> Tensor:
@@ -346,7 +372,8 @@ class Cost:
             flops += block.site.ffn.flops
         for _, layer in layers:
             experts = sum(p.numel() for p in layer.experts.parameters() if p.dim() == 3)
-            scores = sum(p.numel() for p in layer.router.parameters() if p.dim() == 2)
+            maps = (*layer.router.parameters(), *layer.router.buffers())
+            scores = sum(p.numel() for p in maps if p.dim() == 2)
             flops += 2 * (experts * layer.top_k // layer.num_experts + scores)
         return cls(parameters, parameters - idle, flops)
 

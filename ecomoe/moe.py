@@ -6,7 +6,7 @@ expert, M probe tokens, F output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ecomoe.experts import (
     autocast_dtype,
 )
 from ecomoe.oracle import Oracle, choose_oracle, imitation_loss
-from ecomoe.routers import ROUTERS, keep_wide
+from ecomoe.routers import build_router, keep_wide
 from ecomoe.routing import Routing
 
 # From the shares of a rank's tokens, and their number, to the shares of all ranks' tokens and the
@@ -67,7 +67,11 @@ class EcoMoE(nn.Module):
         ortho_weight: Weight of the prototypes' orthogonality loss.
         temperature: Fixes T; H then follows from ``target_e``.
         entropy_weight: Fixes H; T then follows from ``target_e``.
-        router: ``"mlp"`` (the paper's, D -> 128 -> E) or ``"linear"``.
+        router: ``"mlp"`` (the paper's, D -> 128 -> E), ``"linear"``, ``"cosine"`` (to centroids in
+            a small space), ``"cosine_iso"`` (the same with a linear router's number of
+            parameters), ``"hash"`` (fixed by token id) or ``"random"`` (a frozen cosine router);
+            see docs/routers.md.
+        router_options: Arguments of that router's own: ``{"d_space": 64}`` of cosine and random.
         activation: A name (gelu, gelu_tanh, quick_gelu, relu, silu, swish, identity) or a callable.
         gated: Whether experts are gated (``act(gate x) * up x``).
         bias: Whether experts have biases.
@@ -109,6 +113,7 @@ class EcoMoE(nn.Module):
         temperature: float | None = None,
         entropy_weight: float | None = None,
         router: str = "mlp",
+        router_options: Mapping[str, Any] | None = None,
         activation: str | Activation = "gelu",
         gated: bool = False,
         bias: bool = True,
@@ -148,7 +153,6 @@ class EcoMoE(nn.Module):
         dropout = arguments.number("dropout", dropout, below=1.0)
         output_dropout = arguments.number("output_dropout", output_dropout, below=1.0)
         warmup_fraction = arguments.number("warmup_fraction", warmup_fraction, below=1.0)
-        arguments.choice("router", router, ROUTERS)
         arguments.flag("gated", gated)
         arguments.flag("bias", bias)
         if isinstance(activation, type) or not callable(activation):
@@ -201,8 +205,14 @@ class EcoMoE(nn.Module):
         )
 
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.router = ROUTERS[router](
-            d_model, num_experts=self.num_experts, top_k=top_k, device=device, dtype=wide
+        self.router = build_router(
+            router,
+            d_model,
+            num_experts=self.num_experts,
+            top_k=top_k,
+            options=router_options,
+            device=device,
+            dtype=wide,
         )
         self.experts: Experts
         outputs = num_classes if num_classes is not None else d_output

@@ -3,32 +3,46 @@
 A router computes in fp32 (fp64 inside an fp64 model) whatever the dtype around it: a rounding error
 in a logit changes which expert a token reaches.
 
-Axes: N tokens, D features, E experts.
+Which of them to choose is a question that the equifinality paper (arXiv:2604.14419) asks;
+docs/routers.md sets them side by side.
+
+Axes: N tokens, D features, E experts, K experts chosen for a token, P features of the space that
+centroids lie in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecomoe.routing import Routing, route, without_autocast
+from ecomoe import arguments
+from ecomoe.routing import Routing, route, route_fixed, top_k_experts, without_autocast
+from ecomoe.token_ids import TokenIds, hash_scores
 
 
 class Router(nn.Module):
     """What every router shares: precision, selection and the `Routing` it returns.
 
     A subclass computes the logits. A forward hook on a router sees the whole decision.
+
+    Attributes:
+        options: Names of the arguments that the class has of its own; see `build_router`.
     """
+
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters, where there are any."""
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``."""
@@ -166,7 +180,278 @@ class MLPRouter(Router):
         return self.score(F.relu(self.hidden(x_ND)))  # type: ignore[no-any-return]
 
 
-ROUTERS: dict[str, type[LinearRouter] | type[MLPRouter]] = {
+class CosineRouter(Router):
+    """Scaled cosine between a token's place in a small space and learned centroids.
+
+    ``logits = scale * cos(P x, c_e)``: the equifinality paper's geometric routing, whose space has
+    64 dimensions. It has ``d_space * (D + E) + 1`` parameters where a linear map has ``D * E``. The
+    scale is learned as its logarithm, so that it stays positive; it starts at 10 (as in CLIP and
+    SigLIP), since the cosines alone would leave every gate near uniform. A temperature divides the
+    scaled similarity.
+
+    Args:
+        d_model: Features D.
+        num_experts: Experts E.
+        top_k: Experts per token.
+        d_space: Dimensions of the space.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ("d_space",)
+    initial_scale = 10.0
+    projection: Tensor
+    centroids: Tensor
+    log_scale: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        d_space: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts=num_experts, top_k=top_k)
+        self.d_space = arguments.size("d_space", d_space)
+        self._declare("projection", torch.empty(d_space, d_model, device=device, dtype=dtype))
+        self._declare("centroids", torch.empty(num_experts, d_space, device=device, dtype=dtype))
+        # One element and not a scalar: FSDP shards no scalars.
+        self._declare("log_scale", torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def _declare(self, name: str, tensor: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(tensor))
+
+    def reset_parameters(self) -> None:
+        """Draw a projection as `nn.Linear` does, and centroids in directions without preference."""
+        with torch.no_grad():
+            bound = 1.0 / math.sqrt(self.projection.shape[1])
+            self.projection.uniform_(-bound, bound)
+            self.centroids.normal_(std=self.d_space**-0.5)
+            self.log_scale.fill_(math.log(self.initial_scale))
+
+    def positions(self, x_ND: Tensor) -> Tensor:
+        """Return the tokens' places in the space, ``(N, P)``; only their directions count."""
+        wide = torch.promote_types(x_ND.dtype, self.projection.dtype)
+        return F.linear(x_ND.to(wide), self.projection.to(wide))
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Return the scores of all experts, ``(N, E)``."""
+        place_NP = F.normalize(self.positions(x_ND), dim=-1)
+        centroid_EP = F.normalize(self.centroids.to(place_NP.dtype), dim=-1)
+        return self.log_scale.exp() * F.linear(place_NP, centroid_EP)
+
+    def extra_repr(self) -> str:
+        """Show sizes when printed."""
+        return f"{super().extra_repr()}, d_space={self.d_space}"
+
+
+class IsoCosineRouter(CosineRouter):
+    """`CosineRouter` in the space that gives it as many parameters as a linear router has.
+
+    The control for the number of parameters, the paper's "iso-parameter cosine": the largest space
+    with ``d_space * (D + E) + 1 <= D * E + E``, and at least one dimension.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        linear = d_model * num_experts + num_experts
+        super().__init__(
+            d_model,
+            num_experts=num_experts,
+            top_k=top_k,
+            d_space=max((linear - 1) // (d_model + num_experts), 1),
+            device=device,
+            dtype=dtype,
+        )
+
+
+class RandomRouter(CosineRouter):
+    """`CosineRouter` whose projection, centroids and scale stay as they were drawn.
+
+    Tokens still go by what they are like, but nothing is learned about where: the paper's
+    "random-fixed". (A random assignment that ignores the token's content is what `HashRouter` is.)
+    The tensors are buffers, so that no optimizer and no ``requires_grad_(True)`` finds them.
+    """
+
+    def _declare(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor)
+
+
+class HashRouter(Router):
+    """Experts fixed by the token id, in equal parts: hash layers (Roller et al. 2021).
+
+    No parameter and no gradient. Each pair of token id and expert has a pseudo-random number, and
+    the ``top_k`` experts of the highest are the token's; each layer draws a seed of its own. The
+    choice is final, so its logits say so: 0 for the chosen experts, `route_fixed`'s margin below
+    for the others.
+
+    The ids come from the model's token embedding by `feed_token_ids`, which `ecomoe.convert` calls.
+    Under gradient checkpointing run one forward pass to a backward pass: a recomputation reads the
+    ids of the last.
+
+    Args:
+        d_model: Not used; every router takes it.
+        num_experts: Experts E.
+        top_k: Experts per token.
+        device: Where the seed is.
+        dtype: Not used.
+    """
+
+    seed: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts=num_experts, top_k=top_k)
+        self.tokens = TokenIds()
+        # Saved with the model: the experts know the tokens that they were trained on.
+        self.register_buffer("seed", torch.empty(1, dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw another seed."""
+        self.seed.random_(2**32)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Return the numbers that rank the experts of each token, int64, ``(N, E)``."""
+        ids = self.tokens.ids
+        if ids is None:
+            raise ValueError(
+                "router='hash' goes by token ids, and this call has none; pass input_ids to a "
+                "converted language model. In a model of your own, or where the embedding was "
+                "replaced, call ecomoe.routers.feed_token_ids(model, embedding)"
+            )
+        if ids.numel() != x_ND.shape[0]:
+            raise ValueError(
+                f"router='hash' got {ids.numel()} token ids for {x_ND.shape[0]} tokens; it needs "
+                "one a token: choose another router where tokens are merged, added or left out"
+            )
+        return hash_scores(
+            ids.reshape(-1).to(x_ND.device), num_experts=self.num_experts, seed=self.seed
+        )
+
+    def forward(
+        self, x_ND: Tensor, temperature: Tensor, random_routing: Tensor | None = None
+    ) -> Routing:
+        """Route tokens by their ids; ``x_ND`` gives their number, device and precision."""
+        wide_ND = x_ND.detach().to(torch.promote_types(x_ND.dtype, torch.float32))
+        expert_ids_NK = top_k_experts(self.logits(wide_ND), top_k=self.top_k)
+        return route_fixed(
+            expert_ids_NK,
+            num_experts=self.num_experts,
+            temperature=temperature.to(wide_ND.dtype),
+            random_routing=random_routing,
+        )
+
+
+def feed_token_ids(model: nn.Module, *embeddings: nn.Module) -> None:
+    """Let the hash routers of a model read the token ids that its embeddings receive.
+
+    So they have the ids of each call, whoever calls: in generation with a cache those of the new
+    tokens, in a decoder its own. `ecomoe.convert` does this for models of transformers; call it for
+    a model of your own, or again after ``resize_token_embeddings``.
+
+    Args:
+        model: Holds `HashRouter` modules; its forward pass forgets the ids of the one before.
+        embeddings: The modules whose first argument is token ids, in the tokens' order.
+
+    Raises:
+        ValueError: There is no hash router, or no embedding.
+    """
+    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
+    if not routers:
+        raise ValueError(
+            f"model={type(model).__name__} holds no hash router; give layers router='hash' first"
+        )
+    if not embeddings:
+        raise ValueError(
+            "embeddings are missing; name the modules that receive token ids, e.g. model.embed"
+        )
+    tokens = TokenIds()
+    for router in routers:
+        router.tokens = tokens
+    if model not in embeddings:
+        model.register_forward_pre_hook(tokens.forget)
+    for embedding in embeddings:
+        embedding.register_forward_pre_hook(tokens.read, with_kwargs=True)
+
+
+ROUTERS: dict[str, type[Router]] = {
     "mlp": MLPRouter,
     "linear": LinearRouter,
+    "cosine": CosineRouter,
+    "cosine_iso": IsoCosineRouter,
+    "hash": HashRouter,
+    "random": RandomRouter,
 }
+
+
+def build_router(
+    name: str,
+    d_model: int,
+    *,
+    num_experts: int,
+    top_k: int,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Router:
+    """Return a router by its name in `ROUTERS`.
+
+    Args:
+        name: A key of `ROUTERS`.
+        d_model: Features D.
+        num_experts: Experts E.
+        top_k: Experts per token.
+        options: Arguments of the router's own, such as ``{"d_space": 32}``.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+
+    Raises:
+        ValueError: The name or an option is unknown, or an option's value breaks its rule.
+    """
+    arguments.choice("router", name, ROUTERS)
+    build: Callable[..., Router] = ROUTERS[name]
+    known = ROUTERS[name].options
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"router_options={options!r} must be a dict of the router's own arguments; pass e.g. "
+            "{'d_space': 32}, or None"
+        )
+    unknown = [key for key in options or () if key not in known]
+    if unknown:
+        raise ValueError(
+            f"router_options={options!r} names {_listed(unknown)}, and router={name!r} takes "
+            f"{_listed(known) or 'no options'}; leave out the rest"
+        )
+    return build(
+        d_model,
+        num_experts=num_experts,
+        top_k=top_k,
+        device=device,
+        dtype=dtype,
+        **(options or {}),
+    )
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Below the logits of fixed choices, in units of logits: e^-20 at a temperature of 5.
+FIXED_MARGIN = 100.0
+
 
 class Routing(NamedTuple):
     """What a router decided for N tokens.
@@ -83,10 +86,47 @@ def route(
             drawn uniformly with gates of ``1/top_k`` (section 3.4 of the E paper); ``None`` where
             there is no warm-up, and then no random number is drawn.
     """
-    probs_NE = torch.softmax(logits_NE / temperature, dim=-1)
     expert_ids_NK = top_k_experts(logits_NE, top_k=top_k)
     weights_NK = gate_weights(logits_NE, expert_ids_NK, temperature=temperature)
+    return _decide(logits_NE, expert_ids_NK, weights_NK, temperature, random_routing)
+
+
+def route_fixed(
+    expert_ids_NK: Tensor,
+    *,
+    num_experts: int,
+    temperature: Tensor,
+    random_routing: Tensor | None = None,
+) -> Routing:
+    """Return the decision for experts that were chosen without scores, with gates of ``1/top_k``.
+
+    The logits are 0 for the chosen experts and `FIXED_MARGIN` below for the others: finite, so that
+    every loss of them is, and so far apart that the probabilities are the gates.
+
+    Args:
+        expert_ids_NK: The chosen experts, best first; distinct for a token.
+        num_experts: E.
+        temperature: As for `route`; its dtype is the decision's.
+        random_routing: As for `route`.
+    """
+    num_tokens, top_k = expert_ids_NK.shape
+    margin_NE = temperature.new_full((num_tokens, num_experts), -FIXED_MARGIN)
+    logits_NE = margin_NE.scatter(-1, expert_ids_NK, 0.0)
+    weights_NK = temperature.new_full((num_tokens, top_k), 1.0 / top_k)
+    return _decide(logits_NE, expert_ids_NK, weights_NK, temperature, random_routing)
+
+
+def _decide(
+    logits_NE: Tensor,
+    expert_ids_NK: Tensor,
+    weights_NK: Tensor,
+    temperature: Tensor,
+    random_routing: Tensor | None,
+) -> Routing:
+    """Record a decision, or a random one in its place during the warm-up."""
+    probs_NE = torch.softmax(logits_NE / temperature, dim=-1)
     if random_routing is not None:
+        top_k = expert_ids_NK.shape[-1]
         random_ids_NK = random_experts(logits_NE, top_k=top_k)
         expert_ids_NK = torch.where(random_routing, random_ids_NK, expert_ids_NK)
         weights_NK = torch.where(random_routing, 1.0 / top_k, weights_NK)

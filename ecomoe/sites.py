@@ -252,8 +252,8 @@ def adapters_of(model: nn.Module) -> list[Any]:
     """Import the adapters of the libraries whose classes a model holds.
 
     An adapter is a module with ``recognise(name, module)``, which returns a site, several or
-    ``None``, and ``remember(model, record)``, which makes a conversion part of what the library
-    saves.
+    ``None``, ``token_embeddings(model)``, and ``remember(model, record)``, which makes a conversion
+    part of what the library saves.
     """
     roots = {cls.__module__.partition(".")[0] for m in model.modules() for cls in type(m).__mro__}
     return [import_module(path) for root, path in _ADAPTERS.items() if root in roots]

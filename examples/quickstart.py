@@ -74,10 +74,15 @@ class LiveView:
         self.progress.console.print(f"  step {step:>5}  {quality}  {ecology}", highlight=False)
 
 
-def sparse(model: nn.Module) -> nn.Module:
+def sparse(model: nn.Module, *, router: str = "mlp") -> nn.Module:
     """Return a copy of ``model`` with EcoMoE in place of its FFNs, two half as wide as they."""
     return ecomoe.convert(
-        copy.deepcopy(model), target_e=0.545, tiers=(8, 4, 4), init="random", expert_width=0.5
+        copy.deepcopy(model),
+        target_e=0.545,
+        tiers=(8, 4, 4),
+        init="random",
+        expert_width=0.5,
+        router=router,
     )
 
 
@@ -258,6 +263,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vit-steps", type=int, default=700, help="optimizer steps of the ViT")
     parser.add_argument("--gpt-steps", type=int, default=350, help="optimizer steps of the GPT-2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--router",
+        choices=["mlp", "linear", "cosine", "cosine_iso", "random", "hash"],
+        default="mlp",
+        help="of both models; 'hash' goes by token ids, so the ViT then keeps 'mlp'",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the JSONL logs")
     options = parser.parse_args(arguments)
     for name in ("vit_steps", "gpt_steps"):
@@ -292,7 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         console.rule(f"{label} on {data_name}")
         torch.manual_seed(options.seed)
         dense = build()
-        moe = sparse(dense)
+        by_ids = options.router == "hash" and data is images
+        moe = sparse(dense, router="mlp" if by_ids else options.router)
         log = options.out / f"{label.split()[0].lower()}.jsonl"
         log.unlink(missing_ok=True)
         torch.manual_seed(options.seed)

@@ -44,6 +44,23 @@ def recognise(name: str, module: nn.Module) -> Sites:
     return None if rule is None else rule(module)
 
 
+def token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the embeddings that receive token ids, of every transformers model in ``model``."""
+    from transformers import PreTrainedModel
+
+    found: dict[int, nn.Module] = {}  # encoder and decoder may share one
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            try:
+                embedding = part.get_input_embeddings()
+            except NotImplementedError:
+                continue
+            # Of images and sound it is a convolution.
+            if isinstance(embedding, nn.Embedding):
+                found[id(embedding)] = embedding
+    return list(found.values())
+
+
 def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Enter a conversion in the configuration of every transformers model it touched.
 

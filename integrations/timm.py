@@ -226,6 +226,11 @@ RULES: dict[str, Rule] = {
 # original model and puts the layers into it; without ecomoe timm does not know that name.
 
 
+def token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the embeddings that receive token ids: a model of timm has none."""
+    return []
+
+
 def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Enter a conversion in what timm saves of every model of its own that was touched.
 

@@ -45,18 +45,28 @@ class LoopMoE:
             name: parameter.detach().double().clone().requires_grad_(parameter.requires_grad)
             for name, parameter in layer.named_parameters()
         }
+        self.buffers = {name: buffer.double() for name, buffer in layer.named_buffers()}
         self.temperature = layer.temperature.double().item()
         self.dense = copy.deepcopy(layer.dense).double() if layer.dense is not None else None
+
+    @property
+    def hashed(self):
+        return hasattr(self.layer.router, "tokens")
 
     def __call__(self, x, targets=None) -> Outcome:
         layer = self.layer
         tokens = x.reshape(-1, layer.d_model)
         logits, ids, outputs, combined = [], [], [], []
-        for token in tokens:
-            scores = self.score(token)
+        for place, token in enumerate(tokens):
+            scores = self.score(token, place)
             ranked = sorted(zip((-scores).tolist(), range(layer.num_experts), strict=True))
             chosen = [e for _, e in ranked[: layer.top_k]]
             gates = self.gates(scores, chosen)
+            if self.hashed:  # the choice is all there is: neither near misses nor preferences
+                gates = [1 / layer.top_k] * layer.top_k
+                scores = torch.tensor(
+                    [0.0 if e in chosen else -100.0 for e in range(layer.num_experts)]
+                ).double()
             answers = [self.expert(e, token) for e in chosen]
             logits.append(scores)
             ids.append(chosen)
@@ -70,7 +80,13 @@ class LoopMoE:
         auxiliary = sum((weights[name] * term for name, term in terms.items()), torch.zeros(()))
         return Outcome(output, terms, auxiliary, ids)
 
-    def score(self, token):
+    def score(self, token, place):
+        if self.hashed:
+            token_id = self.layer.router.tokens.ids.flatten()[place].item()
+            return self.hash_scores(token_id)
+        if "router.centroids" in self.parameters or "router.centroids" in self.buffers:
+            return self.cosines(token)
+
         def affine(name, v):
             return (
                 self.parameters[f"router.{name}.weight"] @ v
@@ -81,6 +97,18 @@ class LoopMoE:
             hidden = affine("hidden", token)
             return affine("score", torch.where(hidden > 0, hidden, torch.zeros_like(hidden)))
         return affine("score", token)
+
+    def cosines(self, token):
+        known = self.buffers | self.parameters
+        position = known["router.projection"] @ token
+        cosines = [cosine(position, centroid) for centroid in known["router.centroids"]]
+        return torch.exp(known["router.log_scale"]) * torch.stack(cosines)
+
+    def hash_scores(self, token_id):
+        seed = int(self.layer.router.seed)
+        experts = range(self.layer.num_experts)
+        mixed = mix32(token_id + seed)
+        return torch.tensor([mix32(mixed + mix32(e)) for e in experts], dtype=torch.float64)
 
     def gates(self, scores, chosen):
         if len(chosen) == 1:  # always 1, with the gradient of log p
@@ -159,7 +187,8 @@ class LoopMoE:
 
     def entropy(self, logits):
         def token_entropy(scores):
-            return -sum(p * torch.log(p) for p in self.softmax(scores, self.temperature))
+            probs = self.softmax(scores, self.temperature)
+            return -sum(p * torch.log(p) for p in probs if p > 0)
 
         return math.log(self.layer.num_experts) - mean(token_entropy(scores) for scores in logits)
 
@@ -197,6 +226,14 @@ class LoopMoE:
     def softmax(scores, temperature=1.0):
         exponentials = torch.exp(scores / temperature)
         return exponentials / exponentials.sum()
+
+
+def mix32(number):
+    """The documented mixing of bits, on Python's integers, which cannot overflow."""
+    number %= 2**32
+    number = (number ^ (number >> 16)) * 0x2C1B3C6D % 2**32
+    number = (number ^ (number >> 12)) * 0x297A2D39 % 2**32
+    return number ^ (number >> 15)
 
 
 def mean(values):

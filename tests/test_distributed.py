@@ -62,6 +62,25 @@ class TestAgainstOneProcess:
         assert max(ranks.run(run_experts, Case(tokens=tokens, relay=relay), how)) < FP32
 
 
+@WAYS
+@pytest.mark.parametrize("router", ["cosine", "hash", "random"])
+class TestOtherRouters:
+    def case(self, relay, router):
+        return Case(arguments={**EVERY_LOSS, "router": router}, relay=relay)
+
+    @pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
+    def test_ddp(self, ranks, relay, router, options):
+        assert max(ranks.run(run_ddp, self.case(relay, router), options)) < FP32
+
+    @pytest.mark.parametrize("how", ["root", "layers"])
+    def test_fsdp(self, ranks, relay, router, how):
+        assert max(ranks.run(run_fsdp, self.case(relay, router), how, {})) < FP32
+
+    @pytest.mark.parametrize("how", [None, "ddp"])
+    def test_expert_parallel(self, ranks, relay, router, how):
+        assert max(ranks.run(run_experts, self.case(relay, router), how)) < FP32
+
+
 class TestExpertParallel:
     @pytest.mark.parametrize("idle", [(1,), (0, 1), (2, 3)])
     def test_experts_without_tokens(self, ranks, idle):

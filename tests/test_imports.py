@@ -17,7 +17,7 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
     {"arguments"},
-    {"control", "hooks", "routing"},
+    {"control", "hooks", "routing", "token_ids"},
     {"losses", "dispatch"},
     {"routers", "experts"},
     {"auxiliary", "oracle"},

@@ -10,6 +10,7 @@ from torch import nn
 
 import ecomoe
 from ecomoe import EcoMoE
+from ecomoe.routers import ROUTERS, HashRouter
 
 TIERS = [(8, 4, 4), (16, 8, 8), (4, 4, 4, 4), (16,), (1,)]
 EVERY_LOSS = {"divergence_weight": 0.3, "z_weight": 0.02, "ortho_weight": 0.4, "strength": 1.0}
@@ -20,8 +21,16 @@ def make_layer(*arguments, seed=0, **keywords) -> EcoMoE:
     torch.manual_seed(seed)
     layer = EcoMoE(*arguments, **keywords)
     with torch.no_grad():
-        layer.router.score.weight.mul_(STEEP)
+        if hasattr(layer.router, "score"):
+            layer.router.score.weight.mul_(STEEP)
     return layer
+
+
+def feed(layer, x):
+    """Give a hash router ids of a small vocabulary, so that tokens come more than once."""
+    if isinstance(layer.router, HashRouter):
+        layer.router.tokens.ids = torch.arange(x[..., 0].numel()) % 7
+    return x
 
 
 def check_against_loops(layer, x, *, targets=None, dtype=torch.float64, activation="gelu"):
@@ -76,12 +85,25 @@ class TestAgainstLoops:
         check_against_loops(layer, torch.randn(9, 6, dtype=torch.float64))
 
     @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "relu", "silu", "identity"])
-    @pytest.mark.parametrize("router", ["mlp", "linear"])
-    def test_activations_and_routers(self, activation, router):
-        layer = make_layer(
-            6, 5, tiers=(3, 1), activation=activation, router=router, dtype=torch.float64
-        )
+    def test_activations(self, activation):
+        layer = make_layer(6, 5, tiers=(3, 1), activation=activation, dtype=torch.float64)
         check_against_loops(layer, torch.randn(9, 6, dtype=torch.float64), activation=activation)
+
+    @pytest.mark.parametrize("router", ROUTERS)
+    @pytest.mark.parametrize("top_k", [1, 2, 4])
+    @pytest.mark.parametrize("oracle_weight", [0.0, 0.5])
+    def test_every_router(self, router, top_k, oracle_weight):
+        layer = make_layer(
+            6, 5, tiers=(3, 1), router=router, top_k=top_k, oracle_weight=oracle_weight,
+            dtype=torch.float64, **EVERY_LOSS,
+        )  # fmt: skip
+        check_against_loops(layer, feed(layer, torch.randn(9, 6, dtype=torch.float64)))
+
+    @pytest.mark.parametrize("router", ROUTERS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_every_router_in_narrower_dtypes(self, router, dtype):
+        layer = make_layer(16, 8, tiers=(4, 2, 2), router=router, dtype=dtype, **EVERY_LOSS)
+        check_against_loops(layer, feed(layer, torch.randn(20, 16).to(dtype)), dtype=dtype)
 
     @pytest.mark.parametrize("d_hidden", [None, 5])
     @pytest.mark.parametrize("bias", [False, True])
@@ -141,9 +163,10 @@ class TestAgainstLoops:
 
 class TestUnusualBatches:
     @pytest.mark.parametrize("shape", [(0, 6), (4, 0, 6)])
-    def test_no_token(self, shape):
-        layer = make_layer(6, 5, tiers=(3, 1), dtype=torch.float64, **EVERY_LOSS)
-        x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    @pytest.mark.parametrize("router", ROUTERS)
+    def test_no_token(self, shape, router):
+        layer = make_layer(6, 5, tiers=(3, 1), router=router, dtype=torch.float64, **EVERY_LOSS)
+        x = feed(layer, torch.randn(*shape, dtype=torch.float64, requires_grad=True))
         y = layer(x)
         assert y.shape == shape
         assert ecomoe.aux_loss(layer) == 0
@@ -173,9 +196,10 @@ class TestUnusualBatches:
         check_against_loops(layer, torch.randn(20, d_model).to(dtype), dtype=dtype)
 
     @pytest.mark.parametrize("top_k", [1, 2])
-    def test_a_nan_token_stays_in_its_own_row(self, top_k):
-        layer = make_layer(6, 5, tiers=(3, 1), top_k=top_k)
-        x = torch.randn(9, 6)
+    @pytest.mark.parametrize("router", ROUTERS)
+    def test_a_nan_token_stays_in_its_own_row(self, top_k, router):
+        layer = make_layer(6, 5, tiers=(3, 1), top_k=top_k, router=router)
+        x = feed(layer, torch.randn(9, 6))
         clean = layer.eval()(x)
         x[4, 2] = torch.nan
         decisions = []
@@ -198,22 +222,24 @@ class TestUnusualBatches:
 
 
 class TestInvariance:
-    def test_permuting_and_chunking_tokens(self):
-        layer = make_layer(8, 8, tiers=(4, 2, 2), dtype=torch.float64).eval()
+    @pytest.mark.parametrize("router", sorted(ROUTERS.keys() - {"hash"}))
+    def test_permuting_and_chunking_tokens(self, router):
+        layer = make_layer(8, 8, tiers=(4, 2, 2), router=router, dtype=torch.float64).eval()
         x = torch.randn(33, 8, dtype=torch.float64)
         y = layer(x)
         order = torch.randperm(33)
         assert_near(layer(x[order]), y[order], torch.float64)
         assert_near(torch.cat([layer(part) for part in x.split(5)]), y, torch.float64)
 
-    def test_relabelling_experts(self):
-        layer = make_layer(8, 8, tiers=(4, 2, 2), dtype=torch.float64, **EVERY_LOSS)
-        other = make_layer(8, 8, tiers=(4, 2, 2), dtype=torch.float64, **EVERY_LOSS)
+    @pytest.mark.parametrize("router", sorted(ROUTERS.keys() - {"hash"}))
+    def test_relabelling_experts(self, router):
+        keywords = {"tiers": (4, 2, 2), "router": router, "dtype": torch.float64, **EVERY_LOSS}
+        layer, other = make_layer(8, 8, **keywords), make_layer(8, 8, **keywords)
         order = torch.randperm(8)
-        with torch.no_grad():
-            for name, parameter in other.named_parameters():
-                if name.startswith(("experts.", "router.score.", "prototypes")):
-                    parameter.copy_(parameter[order].clone())
+        by_expert = ("experts.", "router.score.", "router.centroids", "prototypes")
+        for name, tensor in other.state_dict().items():
+            if name.startswith(by_expert):
+                tensor.copy_(tensor[order].clone())
         x = torch.randn(33, 8, dtype=torch.float64)
         assert_near(other(x), layer(x), torch.float64)
         for name, term in layer.auxiliary.terms.items():
@@ -225,16 +251,20 @@ class TestInvariance:
         st.integers(1, 3),
         st.integers(0, 6),
         st.booleans(),
+        st.sampled_from(sorted(ROUTERS)),
     )
     def test_unselected_experts_get_zero_gradients(
-        self, seed, num_experts, top_k, num_tokens, gated
+        self, seed, num_experts, top_k, num_tokens, gated, router
     ):
         layer = make_layer(
-            4, 4, tiers=(num_experts,), top_k=min(top_k, num_experts), gated=gated, seed=seed
-        )
+            4, 4, tiers=(num_experts,), top_k=min(top_k, num_experts), gated=gated, seed=seed,
+            router=router,
+        )  # fmt: skip
         decisions = []
         layer.router.register_forward_hook(lambda *hooked: decisions.append(hooked[-1]))
-        layer(torch.randn(num_tokens, 4)).square().sum().add(ecomoe.aux_loss(layer)).backward()
+        layer(feed(layer, torch.randn(num_tokens, 4))).square().sum().add(
+            ecomoe.aux_loss(layer)
+        ).backward()
         used = decisions[0].expert_ids_NK.unique()
         unused = torch.ones(num_experts, dtype=torch.bool).index_fill(0, used, False)
         for name, parameter in layer.experts.named_parameters():

@@ -78,6 +78,10 @@ REFUSED = [
     ({"dtype": torch.int32}, ["dtype=torch.int32", "floating", "pass"]),
     ({"dtype": "bf16"}, ["dtype=bf16", "floating", "pass"]),
     ({"dtype": torch.float8_e4m3fn}, ["dtype=torch.float8_e4m3fn", "16 bits", "pass"]),
+    (
+        {"router_options": {"d_space": 8}},
+        ["'d_space'", "router='mlp' takes no options", "leave out"],
+    ),
     ({"device": "abacus"}, ["device='abacus'", "name a device", "pass"]),
     ({"strength": 1e308}, ["strength=1e+308", "finite", "change strength"]),
     ({"z_weight": 10**400}, ["z_weight=1000", "finite", "change z_weight"]),

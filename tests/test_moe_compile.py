@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import ecomoe
 from ecomoe import EcoMoE
 from ecomoe.relay import LossRelay
+from ecomoe.routers import HashRouter, feed_token_ids
 
 MAX_GRAPHS = 3
 TEMPERATURES = [3.0, 1.5, 0.7, 0.3]
@@ -31,6 +32,9 @@ KINDS = {
     "every loss": EVERY_LOSS,
     "gated, top 1": {"gated": True, "bias": False, "top_k": 1, "router": "linear"},
     "off 16 bytes": {"d_model": 7, "d_hidden": 5},
+    "cosine": {"router": "cosine", "router_options": {"d_space": 4}},
+    "hash": {"router": "hash"},
+    "random": {"router": "random", "top_k": 1},
 }
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 # Quickly what differs in the graph, slowly all there is.
@@ -39,6 +43,9 @@ TRAINED = [
     ("every loss", torch.bfloat16, "aot_eager"),
     ("gated, top 1", torch.float32, "aot_eager"),
     ("off 16 bytes", torch.bfloat16, "aot_eager"),
+    ("cosine", torch.float32, "aot_eager"),
+    ("hash", torch.float32, "aot_eager"),
+    ("random", torch.bfloat16, "aot_eager"),
     *(
         pytest.param(kind, dtype, "inductor", marks=pytest.mark.slow)
         for kind in KINDS
@@ -80,7 +87,11 @@ def build(kind, dtype):
     torch.manual_seed(0)
     arguments = {"d_model": 8, "d_hidden": 8, "tiers": (2, 2), **KINDS[kind], "dtype": dtype}
     layer = EcoMoE(**arguments)
-    return layer, copy.deepcopy(layer)
+    eager = copy.deepcopy(layer)
+    for each in (layer, eager):
+        if isinstance(each.router, HashRouter):
+            each.router.tokens.ids = torch.arange(9) % 4
+    return layer, eager
 
 
 class TestLayer:
@@ -142,6 +153,28 @@ class TestLayer:
         assert len(outputs) == 14  # whose graphs keep what is left beside them
         assert_near(ecomoe.aux_loss(layer), ecomoe.aux_loss(eager), torch.float32)
         assert counter.frame_count <= MAX_GRAPHS
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.moe = EcoMoE(8, 8, tiers=(2, 2), router="hash")
+
+    def forward(self, ids):
+        return self.moe(self.embed(ids))
+
+
+def test_token_ids_reach_a_hash_router_within_one_graph():
+    model = Tagger().eval()
+    feed_token_ids(model, model.embed)
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (5, 6, 7):
+        ids = torch.randint(20, (2, length))
+        assert_near(compiled(ids), eager(ids), torch.float32)
+    assert counter.frame_count <= MAX_GRAPHS
 
 
 class TestRelay:

@@ -19,6 +19,8 @@ KINDS = [
     {"gated": True, "bias": False, "router": "linear"},
     {"ortho_weight": 0.1, "warmup_fraction": 0.1},
     {"hidden_norm": nn.LayerNorm(5), "d_output": 3},
+    {"router": "cosine", "router_options": {"d_space": 3}},
+    {"router": "random"},
 ]
 
 

@@ -1,21 +1,48 @@
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ecomoe.routers import ROUTERS, Affine, LinearRouter, MLPRouter, Router
-from ecomoe.routing import Routing
+import ecomoe
+from ecomoe import EcoMoE
+from ecomoe.routers import (
+    ROUTERS,
+    Affine,
+    CosineRouter,
+    HashRouter,
+    IsoCosineRouter,
+    LinearRouter,
+    MLPRouter,
+    RandomRouter,
+    Router,
+    build_router,
+    feed_token_ids,
+)
+from ecomoe.routing import FIXED_MARGIN, Routing
+from ecomoe.token_ids import hash_scores, scramble
 
 T1 = torch.tensor(1.0)
 NARROW = [torch.bfloat16, torch.float16]
 
 
+IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+
+
 @pytest.fixture(params=sorted(ROUTERS))
 def router(request):
-    return ROUTERS[request.param](6, num_experts=5, top_k=2)
+    router = build_router(request.param, 6, num_experts=5, top_k=2)
+    if isinstance(router, HashRouter):
+        router.tokens.ids = IDS
+    return router
+
+
+def floating(module):
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 class TestDecision:
@@ -45,7 +72,9 @@ class TestDecision:
 
     def test_every_parameter_gets_a_gradient(self, router):
         routing = router(torch.randn(7, 6), T1)
-        (routing.weights_NK * torch.randn(7, 2)).sum().backward()
+        assert routing.weights_NK.requires_grad == bool(list(router.parameters()))
+        if routing.weights_NK.requires_grad:
+            (routing.weights_NK * torch.randn(7, 2)).sum().backward()
         for name, parameter in router.named_parameters():
             assert parameter.grad.any(), name
 
@@ -68,15 +97,282 @@ class TestDecision:
         torch.testing.assert_close(second.weights_NK, first.weights_NK)
 
 
+class TestCosine:
+    def test_is_the_scaled_cosine_to_centroids_in_the_space(self):
+        router = CosineRouter(6, num_experts=5, top_k=2, d_space=3)
+        x_ND = torch.randn(7, 6)
+        position_NP = x_ND @ router.projection.T
+        cosine_NE = torch.cosine_similarity(position_NP[:, None], router.centroids[None], dim=-1)
+        torch.testing.assert_close(router(x_ND, T1).logits_NE, 10.0 * cosine_NE)
+
+    def test_the_temperature_divides_the_scaled_similarity(self):
+        router = CosineRouter(6, num_experts=5, top_k=5)
+        x_ND = torch.randn(7, 6)
+        for temperature in (0.3, 1.0, 3.0):
+            routing = router(x_ND, torch.tensor(temperature))
+            ranked_NK = routing.logits_NE.gather(-1, routing.expert_ids_NK)
+            gates_NK = torch.softmax(ranked_NK / temperature, dim=-1)
+            torch.testing.assert_close(routing.weights_NK, gates_NK)
+            assert routing.logits_NE.abs().max() <= 10.0
+
+    def test_a_tokens_length_does_not_matter(self):
+        router = CosineRouter(6, num_experts=5, top_k=2)
+        x_ND = torch.randn(7, 6)
+        routing, longer = router(x_ND, T1), router(1000 * x_ND, T1)
+        torch.testing.assert_close(longer.logits_NE, routing.logits_NE)
+
+    def test_a_token_without_direction_has_no_preference(self):
+        router = CosineRouter(6, num_experts=5, top_k=2)
+        x_ND = torch.zeros(3, 6, requires_grad=True)
+        routing = router(x_ND, T1)
+        assert not routing.logits_NE.any()
+        routing.weights_NK[:, 0].sum().backward()
+        assert x_ND.grad.isfinite().all()
+
+    @pytest.mark.parametrize("progress", [0.0, 0.15, 1.0])
+    def test_e_sets_the_gates_of_a_layer(self, progress):
+        """T of the control and of its annealing acts on the scaled similarity, whatever E."""
+        for target_e in (0.2, 0.545, 2.0):
+            layer = EcoMoE(6, 5, tiers=(3, 2), router="cosine", target_e=target_e)
+            layer.set_progress(progress)
+            seen = []
+            layer.router.register_forward_hook(lambda *hooked, seen=seen: seen.append(hooked[-1]))
+            layer(torch.randn(9, 6))
+            similarity_NK = seen[0].logits_NE.gather(-1, seen[0].expert_ids_NK)
+            temperature = layer.control.temperature_at(progress)
+            gates_NK = torch.softmax(similarity_NK / temperature, dim=-1)
+            torch.testing.assert_close(seen[0].weights_NK, gates_NK)
+
+    def test_a_higher_e_keeps_a_cosine_router_less_decided(self):
+        """E acts by T and by the entropy loss; the learned scale cannot make up for both."""
+        entropies = []
+        for target_e in (0.1, 10.0):
+            torch.manual_seed(0)
+            layer = EcoMoE(8, 4, tiers=(8,), router="cosine", target_e=target_e, strength=1.0)
+            optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+            x_ND = torch.randn(64, 8)
+            for _ in range(60):
+                optimizer.zero_grad()
+                task = (layer(x_ND) - x_ND.roll(1, -1).sign()).square().mean()
+                (task + ecomoe.aux_loss(layer)).backward()
+                optimizer.step()
+            routing = layer.router(x_ND, layer.temperature)
+            entropies.append(torch.special.entr(routing.probs_NE).sum(-1).mean().item())
+        assert entropies[1] > entropies[0] + 0.1
+
+    @pytest.mark.parametrize(("d_model", "num_experts"), [(512, 1024), (64, 16), (4, 2), (1, 1)])
+    def test_iso_has_at_most_a_linear_routers_parameters(self, d_model, num_experts):
+        def count(router):
+            return sum(parameter.numel() for parameter in router.parameters())
+
+        linear = count(LinearRouter(d_model, num_experts=num_experts, top_k=1))
+        iso = IsoCosineRouter(d_model, num_experts=num_experts, top_k=1)
+        wider = CosineRouter(d_model, num_experts=num_experts, top_k=1, d_space=iso.d_space + 1)
+        assert count(iso) <= linear or iso.d_space == 1
+        assert count(wider) > linear
+
+    def test_the_papers_sizes(self):
+        """512 features, 1024 experts: linear has 5.3 times the routing parameters of 64 dims."""
+        sizes = {"num_experts": 1024, "top_k": 12}
+        cosine = CosineRouter(512, **sizes)
+        linear = LinearRouter(512, **sizes)
+        counts = [sum(p.numel() for p in r.parameters() if p.dim() == 2) for r in (linear, cosine)]
+        assert counts[0] / counts[1] == pytest.approx(5.33, abs=0.01)
+        assert IsoCosineRouter(512, **sizes).d_space == 341
+
+
+class TestFixed:
+    def test_random_learns_nothing_and_is_saved(self):
+        router = RandomRouter(6, num_experts=5, top_k=2)
+        router.requires_grad_(True)
+        assert not list(router.parameters())
+        assert router.state_dict().keys() == {"projection", "centroids", "log_scale"}
+        x_ND = torch.randn(7, 6, requires_grad=True)
+        router(x_ND, T1).weights_NK[:, 0].sum().backward()
+        assert x_ND.grad.any()
+
+    def test_random_starts_as_cosine_does(self):
+        routings = []
+        for kind in (CosineRouter, RandomRouter):
+            torch.manual_seed(0)
+            routings.append(kind(6, num_experts=5, top_k=2)(torch.ones(1, 6), T1))
+        assert torch.equal(routings[0].logits_NE, routings[1].logits_NE)
+
+    def test_a_token_id_always_has_the_same_experts(self):
+        router = HashRouter(6, num_experts=50, top_k=3)
+        router.tokens.ids = IDS
+        first = router(torch.randn(7, 6), T1).expert_ids_NK
+        assert torch.equal(first[1], first[3])  # both are id 1
+        assert len({tuple(row) for row in first.tolist()}) == 6
+        router.tokens.ids = IDS.flip(0).view(1, 7)
+        assert torch.equal(router(torch.randn(7, 6), 0.1 * T1).expert_ids_NK, first.flip(0))
+
+    def test_its_decision_is_final_and_its_gates_are_equal(self):
+        router = HashRouter(6, num_experts=5, top_k=2)
+        router.tokens.ids = IDS
+        for temperature in (0.3, 5.0):
+            routing = router(torch.randn(7, 6), torch.tensor(temperature))
+            assert (routing.weights_NK == 0.5).all()
+            chosen_NK = routing.logits_NE.gather(-1, routing.expert_ids_NK)
+            assert not chosen_NK.any()
+            assert (routing.logits_NE == 0).sum() == 14
+            assert routing.logits_NE.min() == -FIXED_MARGIN
+            probs_NK = routing.probs_NE.gather(-1, routing.expert_ids_NK)
+            torch.testing.assert_close(probs_NK, routing.weights_NK)
+
+    def test_its_losses_are_constants(self):
+        layer = EcoMoE(
+            6, 5, tiers=(3, 2), router="hash", oracle=lambda x_ND: torch.full((7, 5), 0.2),
+            oracle_weight=0.1, z_weight=0.1,
+        )  # fmt: skip
+        layer.router.tokens.ids = IDS
+        y = layer(torch.randn(7, 6))
+        loss = ecomoe.aux_loss(layer)
+        assert loss.isfinite()
+        assert not loss.requires_grad
+        (y.sum() + loss).backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+
+    def test_the_warm_up_draws_at_random(self):
+        layer = EcoMoE(6, 5, tiers=(50,), router="hash", warmup_fraction=0.5)
+        layer.router.tokens.ids = IDS
+        seen = []
+        layer.router.register_forward_hook(lambda *hooked: seen.append(hooked[-1].expert_ids_NK))
+        for progress in (0.0, 0.0, 0.6, 0.6):
+            layer.set_progress(progress)
+            layer(torch.randn(7, 6))
+        assert not torch.equal(seen[0], seen[1])
+        assert torch.equal(seen[2], seen[3])
+
+    def test_ids_are_spread_evenly_and_seeds_differ(self):
+        ids_N = torch.arange(50_000)
+        seeds = torch.tensor([[0], [12345]])
+        firsts = [hash_scores(ids_N, num_experts=16, seed=seed).argmax(-1) for seed in seeds]
+        expected, deviation = 50_000 / 16, (50_000 / 16) ** 0.5
+        for first_N in firsts:
+            counts_E = torch.bincount(first_N, minlength=16)
+            assert (counts_E - expected).abs().max() < 5 * deviation
+        both = torch.bincount(firsts[0] * 16 + firsts[1], minlength=256)
+        assert (both - 50_000 / 256).abs().max() < 5 * (50_000 / 256) ** 0.5
+
+    def test_bits_are_mixed_one_to_one(self):
+        numbers = torch.cat([torch.arange(100_000), 2**32 - 1 - torch.arange(100_000)])
+        mixed = scramble(numbers)
+        assert len(mixed.unique()) == len(numbers)
+        assert mixed.min() >= 0
+        assert mixed.max() < 2**32
+
+
+class Tagger(nn.Module):
+    """A model of one's own over token ids."""
+
+    def __init__(self, **keywords):
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.moe = EcoMoE(6, 5, tiers=(8,), router="hash", **keywords)
+        self.other = EcoMoE(6, 5, tiers=(8,), router="hash", **keywords)
+
+    def forward(self, ids=None, embedded=None):
+        x = self.embed(ids) if embedded is None else embedded
+        return self.other(self.moe(x))
+
+
+class TestTokenIds:
+    def test_they_come_from_the_embedding(self):
+        model = Tagger()
+        feed_token_ids(model, model.embed)
+        assert model.moe.router.tokens is model.other.router.tokens
+        y = model(IDS.view(1, 7))
+        assert torch.equal(model(IDS.flip(0).view(1, 7)).flip(1), y)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_read_their_own(self, copied):
+        model = Tagger()
+        feed_token_ids(model, model.embed)
+        y = model(IDS)
+        other = copied(model)
+        assert other.moe.router.tokens is not model.moe.router.tokens
+        assert other.moe.router.tokens.ids is None
+        assert torch.equal(other(IDS), y)
+        model(IDS[:3])
+        assert other.moe.router.tokens.ids.shape == (7,)
+
+    def test_those_of_another_batch_are_not_taken(self):
+        model = Tagger()
+        feed_token_ids(model, model.embed)
+        model(IDS)
+        with pytest.raises(ValueError, match="goes by token ids, and this call has none"):
+            model(embedded=torch.randn(7, 6))
+
+    def test_their_number_must_fit(self):
+        model = Tagger()
+        with pytest.raises(ValueError, match="this call has none"):
+            model(IDS)
+        model.moe.router.tokens.ids = IDS
+        with pytest.raises(ValueError, match="got 7 token ids for 3 tokens"):
+            model(embedded=torch.randn(3, 6))
+
+    def test_a_model_without_routers_or_embedding_is_refused(self):
+        with pytest.raises(ValueError, match="holds no hash router"):
+            feed_token_ids(nn.Linear(2, 2), nn.Embedding(2, 2))
+        with pytest.raises(ValueError, match="embeddings are missing"):
+            feed_token_ids(Tagger())
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_recomputation_reads_the_same(self, reentrant):
+        gradients = []
+        for checkpointed in (False, True):
+            torch.manual_seed(0)
+            model = Tagger(strength=0.0)
+            feed_token_ids(model, model.embed)
+            if checkpointed:
+                inner = model.moe.forward
+                model.moe.forward = lambda x, inner=inner: checkpoint(
+                    inner, x, use_reentrant=reentrant
+                )
+            model(IDS).square().sum().backward()
+            gradients.append(model.moe.experts.up_proj.weight.grad)
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class TestBuild:
+    @pytest.mark.parametrize("name", sorted(ROUTERS))
+    def test_an_unknown_option_is_refused(self, name):
+        with pytest.raises(ValueError, match="names 'd_spcae', and router="):
+            EcoMoE(6, 5, router=name, router_options={"d_spcae": 3})
+
+    @pytest.mark.parametrize(
+        ("keywords", "message"),
+        [
+            ({"router": "best"}, "router='best' must be one of mlp, linear, cosine"),
+            ({"router": "cosine", "router_options": 3}, "router_options=3 must be a dict"),
+            ({"router": "cosine", "router_options": {"d_space": 0}}, "d_space=0 must be an int"),
+            ({"router": "cosine", "router_options": {"d_space": 2.0}}, "d_space=2.0 must be"),
+            ({"router": "hash", "router_options": {"d_space": 2}}, "takes no options"),
+        ],
+    )
+    def test_wrong_arguments(self, keywords, message):
+        with pytest.raises(ValueError, match=message):
+            EcoMoE(6, 5, **keywords)
+
+    def test_options_reach_the_router(self):
+        layer = EcoMoE(6, 5, router="random", router_options={"d_space": 3})
+        assert layer.router.d_space == 3
+        assert "d_space=3" in repr(layer.router)
+
+
 class TestPrecision:
     @pytest.mark.parametrize("dtype", NARROW)
     def test_scores_of_narrow_tokens_are_computed_in_fp32(self, router, dtype):
         x_ND = torch.randn(7, 6).to(dtype)
         routing = router(x_ND, T1)
-        exact = copy.deepcopy(router).double()(x_ND.double(), T1.double())
+        exact_router = copy.deepcopy(router).double()
+        if isinstance(router, HashRouter):  # copies leave the ids behind
+            exact_router.tokens.ids = IDS
+        exact = exact_router(x_ND.double(), T1.double())
         assert routing.logits_NE.dtype == routing.weights_NK.dtype == torch.float32
         torch.testing.assert_close(
-            routing.logits_NE.double(), exact.logits_NE, rtol=1e-6, atol=1e-6
+            routing.logits_NE.double(), exact.logits_NE, rtol=1e-6, atol=1e-5
         )
 
     def test_autocast_changes_nothing(self, router):
@@ -95,20 +391,20 @@ class TestPrecision:
         nn.Sequential(router).half()
         for name, value in router.state_dict().items():
             assert torch.equal(value, before[name]), name
-            assert value.dtype == torch.float32
+            assert value.dtype == before[name].dtype
 
     def test_casts_to_wider_types_and_back(self, router):
         router.double()
-        assert {p.dtype for p in router.parameters()} == {torch.float64}
-        assert router(torch.randn(3, 6, dtype=torch.float64), T1).logits_NE.dtype == torch.float64
+        assert {t.dtype for t in floating(router)} <= {torch.float64}
+        assert router(torch.randn(7, 6, dtype=torch.float64), T1).logits_NE.dtype == torch.float64
         router.float()
-        assert {p.dtype for p in router.parameters()} == {torch.float32}
+        assert {t.dtype for t in floating(router)} <= {torch.float32}
 
     def test_a_cast_and_a_move_at_once(self, router):
         router.to(device="meta", dtype=torch.bfloat16)
-        for parameter in router.parameters():
-            assert parameter.device.type == "meta"
-            assert parameter.dtype == torch.float32
+        for tensor in router.state_dict().values():
+            assert tensor.device.type == "meta"
+            assert tensor.dtype in (torch.float32, torch.int64)
 
 
 class TestAffine:

@@ -1,0 +1,63 @@
+"""Token ids for routers that go by them: where they come from, and how they rank experts.
+
+Axes: N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenIds:
+    """The token ids of the forward pass under way, shared by the hash routers of a model.
+
+    A copy or a pickle of the model has one of its own, without the ids. See
+    `ecomoe.routers.feed_token_ids`.
+
+    Attributes:
+        ids: Ids as the embedding received them, or ``None`` before it has received any.
+    """
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ids": None}
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a token embedding."""
+        ids = args[0] if args else kwargs.get("input")
+        self.ids = ids.detach() if isinstance(ids, Tensor) else None
+
+    def forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the whole model: the ids of an earlier batch are not this one's."""
+        self.ids = None
+
+
+def hash_scores(ids_N: Tensor, *, num_experts: int, seed: Tensor) -> Tensor:
+    """Return a pseudo-random number of each pair of token id and expert, int64, ``(N, E)``.
+
+    Args:
+        ids_N: Token ids, of any integer dtype.
+        num_experts: E.
+        seed: One number in [0, 2^32), ``(1,)``.
+    """
+    token_N1 = scramble(ids_N.to(torch.int64).unsqueeze(-1) + seed)
+    expert_E = scramble(torch.arange(num_experts, device=ids_N.device))
+    return scramble(token_N1 + expert_E)
+
+
+def scramble(number: Tensor) -> Tensor:
+    """Mix the bits of 32-bit numbers (held in int64), one to one.
+
+    The multipliers are below 2^30, so that no product overflows: overflow is undefined in the code
+    that compilers write. Shifts and multipliers: C. Wellons, hash-prospector, "lowbias32" family.
+    """
+    mask = 2**32 - 1
+    number = number & mask
+    for shift, multiplier in ((16, 0x2C1B3C6D), (12, 0x297A2D39)):
+        number = ((number ^ (number >> shift)) * multiplier) & mask
+    return number ^ (number >> 15)
