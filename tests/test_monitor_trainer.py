@@ -6,38 +6,12 @@ import re
 
 import pytest
 import torch
+from language import LENGTH, REAL, SIZE, make_data, make_model
 
 import ecomoe
 from ecomoe.ecology.sinks import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.*:DeprecationWarning")
-
-LENGTH, REAL, SIZE = 16, 10, 48
-
-
-def make_model(num_labels=None):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=SIZE, n_positions=LENGTH, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    for block in model.transformer.h:
-        block.mlp = ecomoe.EcoMoE(16, 32, tiers=(2, 2))
-    return model
-
-
-def make_data(num=32):
-    generator = torch.Generator().manual_seed(0)
-    data = []
-    for _ in range(num):
-        ids = torch.randint(1, SIZE, (LENGTH,), generator=generator)
-        mask = torch.arange(LENGTH) < REAL
-        labels = torch.where(mask, ids, -100)
-        data.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
-    return data
 
 
 def make_trainer(folder, callbacks, **options):
@@ -85,7 +59,11 @@ def test_records_logs_and_report(tmp_path, capsys):
     assert eval_log["eval_ecology/dead_top1"] == records[-1]["dead"]["top1"]
     train_log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert train_log["ecology/e_now"] == pytest.approx(records[-1]["control"]["e_now"])
-    assert 8 <= sum(key.startswith("ecology/") for key in train_log) <= 12
+    for entry in (train_log, eval_log):
+        assert 8 <= sum("ecology/" in key for key in entry) <= 10
+    trainer.save_state()
+    saved = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert saved["log_history"] == trainer.state.log_history
     assert records[-1]["progress"] == 1.0
     assert "tiers 2:2" in capsys.readouterr().out
     assert not hooks_of(trainer.model)
@@ -97,8 +75,9 @@ def test_text_starts_beside_no_progress_bar(tmp_path, monkeypatch, view):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
     make_trainer(tmp_path, [ecomoe.Monitor(view=view)], disable_tqdm=False, max_steps=4).train()
-    text = screen.getvalue()
+    text = screen.getvalue().replace("\x1b[A", "")  # a line up, in the same column
     assert "it/s]" in text
+    assert "'ecology/dead_top1': " in text  # the progress line
     told = [found.start() for found in re.finditer(r"step \d+ (train|eval): DEAD", text)]
     assert len(told) == {"report": 1, "lines": 4, "live": 4}[view]
     for start in told:
@@ -117,6 +96,38 @@ def test_values_reach_tensorboard(tmp_path):
     tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
     assert "train/ecology/dead_top1" in tags
     assert "eval/ecology/dead_top1" in tags
+
+
+def test_values_reach_weights_and_biases(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monitor = ecomoe.Monitor(view="off")
+    make_trainer(tmp_path, [monitor], report_to="wandb", max_steps=4).train()
+    told = dict(wandb.run.summary)
+    wandb.finish()
+    report = monitor.report("train").to_dict()
+    assert told["train/ecology/dead_top1"] == report["dead"]["top1"]
+    assert told["train/ecology/e_now"] == pytest.approx(report["control"]["e_now"])
+    assert told["eval/ecology/dead_top1"] == monitor.report("eval").to_dict()["dead"]["top1"]
+
+
+def test_an_event_stops_the_trainer_in_good_order(tmp_path):
+    events = []
+
+    def stop(event):
+        if event.kind == "death":
+            events.append(event)
+            trainer.control.should_training_stop = True
+
+    settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": 40}
+    trainer = make_trainer(tmp_path, [ecomoe.Monitor(view="off", on_event=stop)], **settings)
+    with torch.no_grad():
+        trainer.model.transformer.h[1].mlp.router.score.bias[3] = -30
+    trainer.train()
+    assert {(event.layer, event.expert) for event in events} == {("transformer.h.1.mlp", 3)}
+    assert trainer.state.global_step == events[-1].step < 20
+    assert not hooks_of(trainer.model)
 
 
 def test_training_is_bit_equal_with_a_broken_monitor(tmp_path, monkeypatch):

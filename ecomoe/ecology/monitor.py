@@ -363,6 +363,8 @@ class Monitor:
 
     def state_dict(self) -> Record:
         """Return what a checkpoint needs to go on where this monitor stands, as plain data."""
+        if self._watch is not None and self._watch.evaluated and not is_distributed():
+            self._cut(("eval",))  # the evaluation is over: its outcome is no part of the sums
         return {
             "step": self.step_count,
             "history": self._recorder.state_dict(),
