@@ -72,7 +72,9 @@ def balance_loss(shares: Shares) -> Tensor:
     """
     importance_E, top1_E, topk_E = shares
     num_experts = importance_E.numel()
-    kl: Tensor = torch.special.xlogy(importance_E, importance_E * num_experts).sum()
+    # The floor keeps the gradient finite where an importance has underflown to 0.
+    floor = torch.finfo(importance_E.dtype).tiny
+    kl: Tensor = (importance_E * (importance_E * num_experts).clamp_min(floor).log()).sum()
     through_E = importance_E - importance_E.detach()
     variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
     loss: Tensor = kl + variation / 2

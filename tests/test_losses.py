@@ -293,3 +293,13 @@ def test_every_loss_is_a_scalar_in_the_dtype_of_its_input(dtype):
     ):
         assert loss.shape == ()
         assert loss.dtype == dtype
+
+
+def test_balance_of_an_expert_that_no_token_can_reach():
+    """Its importance underflows to 0, where the derivative of x log x is infinite."""
+    logits_NE = torch.tensor([[0.0, 1.0, -200.0], [0.5, 1.0, -200.0]], requires_grad=True)
+    shares = losses.routing_shares(logits_NE, torch.tensor([[1, 0], [1, 0]]))
+    assert shares.importance_E[2] == 0
+    losses.balance_loss(shares).backward()
+    assert logits_NE.grad.isfinite().all()
+    assert logits_NE.grad[0, 0] != 0
