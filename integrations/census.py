@@ -4,7 +4,8 @@
 converts it, and does the same for a tiny random model of every transformers family that
 `ecomoe.integrations.tiny` can build. One model of each architecture, at its smallest size, is also
 run: converted with exact copies it must compute what its dense twin does, and a training step must
-reach every layer with finite gradients.
+reach every layer with finite gradients. Each is run in a process of its own, which gives its memory
+back.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import inspect
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import ecomoe
+from ecomoe.integrations.coverage import BOUND, Entry, report
 from ecomoe.integrations.timm import ecomoe_converted
 from ecomoe.integrations.tiny import FAMILIES, inputs_for, tiny_model
 from ecomoe.sites import find_blocks
@@ -39,39 +43,6 @@ PIXELS = 224
 # Of a model with more parameters only the last two blocks are converted for a run: less memory, and
 # fewer layers behind them in which a random model may blow up a rounding error.
 MAX_PARAMETERS = 50_000_000
-
-# What exact copies may differ by in fp32.
-BOUND = 1e-5
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of one model.
-
-    Attributes:
-        name: The model, or transformers' model type.
-        group: timm's module, or the kind of family.
-        blocks: Feed-forward blocks replaced.
-        reached: Of these, how many a run reached with gradients: of a large model only two are
-            run, and a part of a multimodal model may have got no input.
-        cost: Parameters times pixels, to tell which model of a group is cheapest to run.
-        refused: Why other blocks, or all, were refused; each reason once.
-        error: An exception's text, or "".
-        checked: Whether it was run beside its dense twin.
-        difference: Greatest absolute difference from the dense output over its greatest value.
-        double: Whether that is in fp64, for the model blows up rounding errors of its own.
-    """
-
-    name: str
-    group: str
-    blocks: int = 0
-    reached: int = 0
-    cost: int = 0
-    refused: tuple[str, ...] = field(default_factory=tuple)
-    error: str = ""
-    checked: bool = False
-    difference: float = 0.0
-    double: bool = False
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
@@ -122,6 +93,8 @@ def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int,
     large = sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS
     ecomoe.convert(model, layers=[-2, -1] if large else None, **SETTINGS)
     layers = [m for m in model.modules() if isinstance(m, ecomoe.EcoMoE)]
+    if large:
+        _freeze_all_but(model, layers)
     with torch.no_grad():
         sparse = list(tensors(call(model)))
     pairs = zip(sparse, dense, strict=True)
@@ -140,6 +113,12 @@ def check(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int,
     if not reached:
         raise RuntimeError("no layer was called and its output used")
     return blocks, reached, difference
+
+
+def _freeze_all_but(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    trained = {id(p) for layer in layers for p in layer.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def _relative_difference(got: Tensor, want: Tensor) -> float:
@@ -189,38 +168,33 @@ def survey_timm(only: str = "*") -> Iterator[Entry]:
 
 def check_timm(entry: Entry) -> Entry:
     """Run one timm model beside its dense twin."""
-    double = False
     try:
         model, x = _build(entry.name)
         blocks, reached, difference = check(model, lambda m: m(x))
+        entry = replace(entry, blocks=blocks, reached=reached, difference=difference)
         if difference > BOUND:
             model, x = _build(entry.name)
-            double = sensitivity(model, x) > BOUND
-        if double:
+            entry = replace(entry, sensitivity=sensitivity(model, x))
+        if entry.sensitivity > BOUND:
             _, _, difference = check(model.double(), lambda m: m(x.double()))
+            entry = replace(entry, double=difference)
     except Exception as problem:
-        return replace(entry, error=_line(problem), checked=True)
-    return replace(
-        entry,
-        blocks=blocks,
-        reached=reached,
-        checked=True,
-        difference=difference,
-        double=double,
-    )
+        entry = replace(entry, error=_line(problem))
+    return replace(entry, checked=True)
 
 
 def _build(name: str) -> tuple[nn.Module, Tensor]:
     import timm
 
-    torch.manual_seed(0)
-    model: Any = timm.create_model(name)
-    size = _input_size(model)
+    with torch.device("meta"):
+        size = _input_size(timm.create_model(name))
     if size[-1] > 2 * PIXELS:
         with suppress(TypeError):  # not every model takes a size
+            torch.manual_seed(0)
             model = timm.create_model(name, img_size=PIXELS)
-            size = (size[0], PIXELS, PIXELS)
-    return model, torch.randn(2, *size)
+            return model, torch.randn(2, size[0], PIXELS, PIXELS)
+    torch.manual_seed(0)
+    return timm.create_model(name), torch.randn(2, *size)
 
 
 @torch.no_grad()
@@ -251,12 +225,11 @@ def smallest(entries: Sequence[Entry]) -> list[Entry]:
 # transformers
 
 
-def check_transformers(model_type: str) -> Entry:
-    """Convert and run a tiny random model of a family."""
-    entry = Entry(model_type, "")
+def check_family(entry: Entry) -> Entry:
+    """Convert and run a tiny random model of a family of transformers, named by its entry."""
     torch.manual_seed(0)
     try:
-        model = tiny_model(model_type)
+        model = tiny_model(entry.name)
         entry = replace(entry, group=kind(model))
         inputs = inputs_for(model)
         refused = tuple(dict.fromkeys(find_blocks(model)[1].values()))
@@ -266,16 +239,12 @@ def check_transformers(model_type: str) -> Entry:
             return m(**inputs)
 
         blocks, reached, difference = check(model, call)
+        entry = replace(
+            entry, blocks=blocks, reached=reached, refused=refused, difference=difference
+        )
     except Exception as problem:
-        return replace(entry, error=_line(problem), checked=True)
-    return replace(
-        entry,
-        blocks=blocks,
-        reached=reached,
-        refused=refused,
-        checked=True,
-        difference=difference,
-    )
+        entry = replace(entry, error=_line(problem))
+    return replace(entry, checked=True)
 
 
 def kind(model: Any) -> str:
@@ -293,106 +262,11 @@ def kind(model: Any) -> str:
     return "decoder" if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else "encoder"
 
 
-# The report
-
-
-def report(
-    timm_entries: Sequence[Entry], checked: Sequence[Entry], families: Sequence[Entry]
-) -> str:
-    """Write the tables of ``docs/coverage.md``."""
-    return "\n".join(
-        [*_INTRODUCTION, *_timm_table(timm_entries, checked), *_family_table(families)]
-    )
-
-
-_INTRODUCTION = (
-    "# Which models convert",
-    "",
-    "Written by `python -m ecomoe.integrations.census`; do not edit. *Difference* is the greatest",
-    "absolute difference between the output of the converted model, with experts that are exact",
-    "copies, and that of its dense twin, over the greatest value of the dense output; fp32, random",
-    "weights, batch norms and layer scales moved off their initial values. A model that was run",
-    "also did a backward pass, which reached the routers and experts of all blocks, or of as many",
-    "as *run* says. Where the dense model itself answers a change of its input by 1e-7 with one of",
-    "more than 1e-5, the two are compared in fp64.",
-    "",
-)
-
-
-def _timm_table(entries: Sequence[Entry], checked: Sequence[Entry]) -> Iterator[str]:
-    import timm
-
-    converted = sum(entry.blocks > 0 for entry in entries)
-    errors = [entry for entry in (*entries, *checked) if entry.error]
-    yield f"## timm {timm.__version__}"
-    yield ""
-    yield (
-        f"{converted} of {len(entries)} registered models convert; {len(checked)} were run; "
-        f"{len(errors)} errors; greatest difference "
-        f"{max((e.difference for e in checked), default=0.0):.1e}."
-    )
-    yield ""
-    yield "| module | models | converted | run | blocks | difference | refused |"
-    yield "|---|---:|---:|---|---:|---:|---|"
-    runs = {entry.group: entry for entry in checked}
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.group, []).append(entry)
-    nothing = []
-    for group, members in sorted(groups.items()):
-        count = sum(entry.blocks > 0 for entry in members)
-        refused = "; ".join(dict.fromkeys(r for entry in members for r in entry.refused))
-        if not count and not refused:
-            nothing.append(f"{group} ({len(members)})")
-            continue
-        run = runs.get(group)
-        yield (
-            f"| {group} | {len(members)} | {count} | {run.name if run else ''} | "
-            f"{_reached(run)} | {_outcome(run)} | {refused} |"
-        )
-    yield ""
-    yield "No feed-forward block, by module (models): " + ", ".join(nothing) + "."
-    yield ""
-    yield from (f"- {entry.name}: {entry.error}" for entry in errors)
-
-
-def _family_table(entries: Sequence[Entry]) -> Iterator[str]:
-    import transformers
-
-    errors = [entry for entry in entries if entry.error]
-    kinds = Counter(entry.group for entry in entries if not entry.error)
-    yield f"## transformers {transformers.__version__}"
-    yield ""
-    yield (
-        f"{len(entries) - len(errors)} families convert and were run as tiny random models ("
-        + ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
-        + f"); {len(errors)} errors; greatest difference "
-        f"{max((e.difference for e in entries), default=0.0):.1e}."
-    )
-    yield ""
-    yield "| kind | family | blocks | difference |"
-    yield "|---|---|---:|---:|"
-    for entry in sorted(entries, key=lambda entry: (entry.group, entry.name)):
-        yield f"| {entry.group} | {entry.name} | {_reached(entry)} | {_outcome(entry)} |"
-    yield ""
-    yield from (f"- {entry.name}: {entry.error}" for entry in errors)
-
-
-def _reached(entry: Entry | None) -> str:
-    if entry is None:
-        return ""
-    part = f" ({entry.reached} run)" if entry.reached != entry.blocks else ""
-    return f"{entry.blocks}{part}"
-
-
-def _outcome(entry: Entry | None) -> str:
-    if entry is None or not entry.checked:
-        return ""
-    return "error" if entry.error else f"{entry.difference:.1e}{' (fp64)' * entry.double}"
+# The command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the census and write its report; return 1 if there was an error."""
+    """Run the census and write its report; return 1 if a model failed or does not agree."""
     parser = argparse.ArgumentParser(
         prog="python -m ecomoe.integrations.census", description=main.__doc__
     )
@@ -406,14 +280,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         registered.append(entry)
         _show(entry)
     for entry in smallest(registered):
-        runs.append(check_timm(entry))
+        runs.append(_in_fresh_process(check_timm, entry))
         _show(runs[-1])
     for model_type in FAMILIES:
         if fnmatchcase(model_type, options.families):
-            families.append(check_transformers(model_type))
+            families.append(_in_fresh_process(check_family, Entry(model_type, "")))
             _show(families[-1])
     options.output.write_text(report(registered, runs, families) + "\n")
-    return int(any(entry.error for entry in (*registered, *runs, *families)))
+    return int(any(e.error or not e.agrees for e in (*registered, *runs, *families)))
+
+
+def _in_fresh_process(run: Callable[[Entry], Entry], entry: Entry) -> Entry:
+    """Return ``run(entry)``; a process that dies, of want of memory say, is that entry's error."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["ecomoe", "timm", "transformers"])
+    with ProcessPoolExecutor(1, context) as process:
+        try:
+            return process.submit(_quietly, run, entry).result()
+        except BrokenProcessPool as problem:
+            return replace(entry, error=_line(problem), checked=True)
+
+
+def _quietly(run: Callable[[Entry], Entry], entry: Entry) -> Entry:
+    warnings.simplefilter("ignore")
+    return run(entry)
 
 
 def _show(entry: Entry) -> None:

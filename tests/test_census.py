@@ -1,6 +1,7 @@
 """The registries name classes that exist, and the census measures what it says."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -85,8 +86,24 @@ def test_layer_that_is_never_called_is_told():
 def test_a_model_that_blows_up_rounding_is_compared_in_fp64(monkeypatch):
     monkeypatch.setattr(census, "BOUND", 0.0)
     entry = census.check_timm(census.Entry("test_vit", "vision_transformer"))
-    assert entry.double
-    assert entry.difference < 1e-12
+    assert entry.difference > entry.double
+    assert entry.double < 1e-12
+    text = census.report([entry], [entry], [])
+    assert f"test_vit differs by {entry.difference:.1e} in fp32" in text
+
+
+def test_a_process_that_dies_is_an_error_of_its_model_alone():
+    entry = census._in_fresh_process(_die, census.Entry("a", "g"))
+    assert "BrokenProcessPool" in entry.error
+    assert not census._in_fresh_process(_live, census.Entry("b", "g")).error
+
+
+def _die(entry):
+    os._exit(1)
+
+
+def _live(entry):
+    return entry
 
 
 def test_smallest_takes_the_cheapest_that_converts():
@@ -134,7 +151,7 @@ def test_heads_and_attention_are_left_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES[::8])
 def test_a_sample_of_families(model_type):
-    entry = census.check_transformers(model_type)
+    entry = census.check_family(census.Entry(model_type, ""))
     assert not entry.error
     assert entry.difference < 1e-5
 

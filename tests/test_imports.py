@@ -43,6 +43,7 @@ LAYERS = [
     {
         "integrations",
         "integrations.huggingface_blocks",
+        "integrations.coverage",
         "integrations.tiny",
     },
     {
