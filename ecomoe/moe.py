@@ -418,6 +418,12 @@ class EcoMoE(nn.Module):
                 "under torch.autocast"
             )
 
+    def __prepare_scriptable__(self) -> EcoMoE:
+        raise ValueError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script, which torch has "
+            "deprecated; use torch.export.export(model, ...) or torch.compile(model)"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The schedule's temperature and the prototypes are as wide as the router.
         own = keep_wide(fn)

@@ -3,16 +3,15 @@
 import copy
 import warnings
 
-import torch
+import matrix
+from matrix import SETTINGS, inputs_of, layers_of, task_loss, without_dropout
 from parallel import average, mesh, relative
-from test_conversion import SETTINGS, TIMM, _without_dropout, layers_of, run
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ecomoe
 from ecomoe.distributed import parallelize_experts, reduce_losses
-from ecomoe.integrations.tiny import inputs_for, tiny_model
 from ecomoe.relay import LossRelay
 
 BATCH = 4
@@ -25,10 +24,8 @@ WAYS = [*DDP, "fsdp, one unit", "fsdp, a unit a layer", "experts"]
 
 
 def build(name):
-    torch.manual_seed(0)
-    model = TIMM[name]() if name in TIMM else tiny_model(name)
-    model = ecomoe.convert(model, init="noise", strength=1.0, **SETTINGS).train()
-    _without_dropout(model)
+    model = ecomoe.convert(matrix.build(name), init="noise", strength=1.0, **SETTINGS).train()
+    without_dropout(model)
     return model
 
 
@@ -50,26 +47,22 @@ def backward(model, inputs, *, relay):
         # that a depthwise convolution's gradient has strides of its own.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module|Grad strides do not match")
         if not relay:
-            (run(model, inputs).float().square().mean() + ecomoe.aux_loss(model)).backward()
+            (task_loss(model, inputs) + ecomoe.aux_loss(model)).backward()
             return
         relay = LossRelay(model)
         relay.watch(model)
-        loss = run(model, inputs).float().square().mean()
+        loss = task_loss(model, inputs)
         relay.attach(loss)
         loss.backward()
         relay.close()
 
 
 def compare(name, way, relay):
-    """Return the largest relative error of a gradient, or ``None`` where a way does not apply."""
+    """Return the largest relative error of a gradient."""
     alone = build(name)
-    torch.manual_seed(1)
-    inputs = inputs_for(alone, batch=BATCH) if name not in TIMM else images()
+    inputs = inputs_of(alone, batch=BATCH)
     model = reduce_losses(copy.deepcopy(alone))
     backward(alone, inputs, relay=False)
-    unused = any(p.requires_grad and p.grad is None for p in alone.parameters())
-    if unused and way == "ddp":
-        return None
     model = wrap(model, way)
     rank, share = distributed.get_rank(), BATCH // distributed.get_world_size()
     mine = {key: value[rank * share :][:share] for key, value in inputs.items()}
@@ -78,7 +71,3 @@ def compare(name, way, relay):
         average(model)
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     return max(relative(o.grad, t.grad) for o, t in pairs if t.grad is not None)
-
-
-def images():
-    return {"x": torch.randn(BATCH, 3, 32, 32)}
