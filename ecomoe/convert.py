@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ecomoe import arguments
+from ecomoe.cost import flops_per_token
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE
 from ecomoe.oracle import Oracle
-from ecomoe.routers import feed_token_ids
 from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
+from ecomoe.token_ids import feed_token_ids
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 
 # A guard against slips: no memory holds the experts that lie beyond.
@@ -371,10 +372,7 @@ class Cost:
         for block in dense:
             flops += block.site.ffn.flops
         for _, layer in layers:
-            experts = sum(p.numel() for p in layer.experts.parameters() if p.dim() == 3)
-            maps = (*layer.router.parameters(), *layer.router.buffers())
-            scores = sum(p.numel() for p in maps if p.dim() == 2)
-            flops += 2 * (experts * layer.top_k // layer.num_experts + scores)
+            flops += flops_per_token(layer)
         return cls(parameters, parameters - idle, flops)
 
 

@@ -298,8 +298,8 @@ class HashRouter(Router):
     choice is final, so its logits say so: 0 for the chosen experts, `route_fixed`'s margin below
     for the others.
 
-    The ids come from the model's token embedding by `feed_token_ids`, which `ecomoe.convert` calls.
-    Under gradient checkpointing run one forward pass to a backward pass: a recomputation reads the
+    The ids come from the model's token embedding by `ecomoe.token_ids.feed_token_ids`, which
+    `ecomoe.convert` calls. Under gradient checkpointing run one forward pass to a backward pass: a recomputation reads the
     ids of the last.
 
     Args:
@@ -338,7 +338,7 @@ class HashRouter(Router):
             raise ValueError(
                 "router='hash' goes by token ids, and this call has none; pass input_ids to a "
                 "converted language model. In a model of your own, or where the embedding was "
-                "replaced, call ecomoe.routers.feed_token_ids(model, embedding)"
+                "replaced, call ecomoe.token_ids.feed_token_ids(model, embedding)"
             )
         if ids.numel() != x_ND.shape[0]:
             raise ValueError(
@@ -361,38 +361,6 @@ class HashRouter(Router):
             temperature=temperature.to(wide_ND.dtype),
             random_routing=random_routing,
         )
-
-
-def feed_token_ids(model: nn.Module, *embeddings: nn.Module) -> None:
-    """Let the hash routers of a model read the token ids that its embeddings receive.
-
-    So they have the ids of each call, whoever calls: in generation with a cache those of the new
-    tokens, in a decoder its own. `ecomoe.convert` does this for models of transformers; call it for
-    a model of your own, or again after ``resize_token_embeddings``.
-
-    Args:
-        model: Holds `HashRouter` modules; its forward pass forgets the ids of the one before.
-        embeddings: The modules whose first argument is token ids, in the tokens' order.
-
-    Raises:
-        ValueError: There is no hash router, or no embedding.
-    """
-    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
-    if not routers:
-        raise ValueError(
-            f"model={type(model).__name__} holds no hash router; give layers router='hash' first"
-        )
-    if not embeddings:
-        raise ValueError(
-            "embeddings are missing; name the modules that receive token ids, e.g. model.embed"
-        )
-    tokens = TokenIds()
-    for router in routers:
-        router.tokens = tokens
-    if model not in embeddings:
-        model.register_forward_pre_hook(tokens.forget)
-    for embedding in embeddings:
-        embedding.register_forward_pre_hook(tokens.read, with_kwargs=True)
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -15,7 +15,7 @@ class TokenIds:
     """The token ids of the forward pass under way, shared by the hash routers of a model.
 
     A copy or a pickle of the model has one of its own, without the ids. See
-    `ecomoe.routers.feed_token_ids`.
+    `feed_token_ids`.
 
     Attributes:
         ids: Ids as the embedding received them, or ``None`` before it has received any.
@@ -61,3 +61,38 @@ def scramble(number: Tensor) -> Tensor:
     for shift, multiplier in ((16, 0x2C1B3C6D), (12, 0x297A2D39)):
         number = ((number ^ (number >> shift)) * multiplier) & mask
     return number ^ (number >> 15)
+
+
+def feed_token_ids(model: nn.Module, *embeddings: nn.Module) -> None:
+    """Let the hash routers of a model read the token ids that its embeddings receive.
+
+    So they have the ids of each call, whoever calls: in generation with a cache those of the new
+    tokens, in a decoder its own. `ecomoe.convert` does this for models of transformers; call it for
+    a model of your own, or again after ``resize_token_embeddings``.
+
+    Args:
+        model: Holds hash routers; its forward pass forgets the ids of the one before.
+        embeddings: The modules whose first argument is token ids, in the tokens' order.
+
+    Raises:
+        ValueError: There is no hash router, or no embedding.
+    """
+    modules = model.modules()
+    routers = [
+        module for module in modules if isinstance(getattr(module, "tokens", None), TokenIds)
+    ]
+    if not routers:
+        raise ValueError(
+            f"model={type(model).__name__} holds no hash router; give layers router='hash' first"
+        )
+    if not embeddings:
+        raise ValueError(
+            "embeddings are missing; name the modules that receive token ids, e.g. model.embed"
+        )
+    tokens = TokenIds()
+    for router in routers:
+        router.tokens = tokens  # type: ignore[assignment]
+    if model not in embeddings:
+        model.register_forward_pre_hook(tokens.forget)
+    for embedding in embeddings:
+        embedding.register_forward_pre_hook(tokens.read, with_kwargs=True)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import ecomoe
 from ecomoe import EcoMoE
 from ecomoe.relay import LossRelay
-from ecomoe.routers import HashRouter, feed_token_ids
+from ecomoe.routers import HashRouter
+from ecomoe.token_ids import feed_token_ids
 
 MAX_GRAPHS = 3
 TEMPERATURES = [3.0, 1.5, 0.7, 0.3]

@@ -21,10 +21,9 @@ from ecomoe.routers import (
     RandomRouter,
     Router,
     build_router,
-    feed_token_ids,
 )
 from ecomoe.routing import FIXED_MARGIN, Routing
-from ecomoe.token_ids import hash_scores, scramble
+from ecomoe.token_ids import feed_token_ids, hash_scores, scramble
 
 T1 = torch.tensor(1.0)
 NARROW = [torch.bfloat16, torch.float16]
