@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -427,6 +428,8 @@ def test_monitored_model_and_monitor_can_be_copied():
         ({"on_event": "page me"}, "on_event='page me' must be callable"),
         ({"view": "film"}, "view='film' must be one of"),
         ({"total_steps": 0}, "total_steps=0"),
+        ({"token_buckets": 300}, "token_buckets=300 must be an int from 0 to 256; pass 64"),
+        ({"token_buckets": True}, "token_buckets=True must be"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -462,3 +465,109 @@ def test_classification_tells_specialisation_and_effective_e():
         report = monitor.report().to_dict()
     assert 0 <= report["layers"][0]["specialisation"] <= 1
     assert report["control"]["e_eff"] == pytest.approx(model.moe.control.effective_e(3), rel=1e-5)
+
+
+class LanguageModel(nn.Module):
+    """Each token's vector is that of its id alone, so that the router knows the id."""
+
+    def __init__(self, num_ids=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(num_ids, 8)
+        self.moe = ecomoe.EcoMoE(8, 16, tiers=(2, 2))
+        self.head = nn.Linear(8, num_ids)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.moe(self.embed(input_ids)))
+
+
+def specialised(token_buckets=64, **given):
+    model = LanguageModel().eval()
+    ids = torch.randint(6, (20, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), ecomoe.Monitor(model, token_buckets=token_buckets) as monitor:
+        outputs = model(ids)
+        monitor.evaluate(outputs=outputs, targets=ids, **given)
+        first = model.moe.router(model.embed(ids).view(-1, 8), model.moe.temperature)
+        (layer,) = monitor.report().to_dict()["layers"]
+    return layer, ids, first.expert_ids_NK[:, 0].view(ids.shape)
+
+
+def entropy(values):
+    return stats.entropy(values.reshape(-1).bincount().numpy())
+
+
+def test_specialisation_by_token():
+    layer, ids, first = specialised()
+    # The id decides the expert, so what they share is all that the expert tells.
+    expected = (entropy(first) / entropy(ids)) ** 0.5
+    assert layer["specialisation_by"]["token"] == pytest.approx(expected, rel=1e-5)
+    assert layer["specialisation_by"]["class"] == layer["specialisation"]
+    assert layer["specialisation_by"]["domain"] is None
+    assert specialised(token_buckets=0)[0]["specialisation_by"]["token"] is None
+
+
+def test_specialisation_by_domain():
+    _, _, first = specialised()
+    layer, _, _ = specialised(domains=first.int())
+    assert layer["specialisation_by"]["domain"] == pytest.approx(1)
+    layer, _, _ = specialised(domains=torch.arange(20) % 2)
+    assert 0 < layer["specialisation_by"]["domain"] < 0.01
+    layer, _, _ = specialised(domains=first + 1000)  # of no domain that there is room for
+    assert layer["specialisation_by"]["domain"] is None
+
+
+def test_labels_are_forgotten_with_their_evaluation():
+    model = LanguageModel().eval()
+    with torch.no_grad(), ecomoe.Monitor(model, token_buckets=8) as monitor:
+        for domains in (torch.arange(4) % 2, None):
+            ids = torch.randint(6, (4, 9))
+            monitor.evaluate(outputs=model(ids), targets=ids, domains=domains)
+            (layer,) = monitor.report().to_dict()["layers"]
+            assert (layer["specialisation_by"]["domain"] is None) == (domains is None)
+            assert layer["specialisation_by"]["token"] > 0.5
+
+
+def test_each_share_has_its_interval():
+    _, monitor = watched(every=2)
+    record = monitor.report("eval").to_dict()
+    layer = record["layers"][0]
+    low, high = record["interval"]["accuracy"]
+    assert low <= record["metrics"]["accuracy"] <= high
+    for holder in (layer, layer["tier"]):
+        for basis in ("top1", "topk"):
+            for share, bounds in zip(
+                holder["usage"][basis], holder["interval"][basis], strict=True
+            ):
+                assert bounds[0] <= share <= bounds[1]
+        for share, bounds in zip(holder["accuracy"], holder["interval"]["accuracy"], strict=True):
+            assert (share is None) == (bounds is None)
+            assert share is None or bounds[0] <= share <= bounds[1]
+    low, high = layer["lockdown"]["interval"]
+    assert low <= layer["lockdown"]["flip_rate"] <= high
+
+
+def test_an_evaluation_not_reported_yet_survives_resuming(tmp_path):
+    def run(log, steps, state=None):
+        model, _ = make()
+        model.eval()
+        monitor = ecomoe.Monitor(model, log=log, token_buckets=4)
+        if state is not None:
+            monitor.load_state_dict(json.loads(json.dumps(state)))
+            monitor.step()  # the step that the evaluation came before
+        with torch.no_grad():
+            for step in steps:
+                x, y = list(batches(4))[step]
+                monitor.evaluate(outputs=model(x), targets=y, domains=y + 1)
+                if step % 2 and step != steps[-1]:
+                    monitor.step()
+        state = monitor.state_dict()
+        monitor.close()
+        return state, [{k: v for k, v in r.items() if k != "run"} for r in read_records(log)]
+
+    _, whole = run(tmp_path / "whole.jsonl", range(4))
+    state, _ = run(tmp_path / "killed.jsonl", range(2))
+    _, resumed = run(tmp_path / "resumed.jsonl", range(2, 4), state)
+    assert [record["step"] for record in whole] == [0, 1]
+    assert whole[0]["layers"][0]["redundancy"]["probes"] == 32
+    assert whole[0]["layers"][0]["specialisation_by"]["domain"] is not None
+    assert resumed == whole

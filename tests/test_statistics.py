@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ecomoe.ecology.outcomes import domains_of, outcomes_of
 from ecomoe.ecology.statistics import (
     Layout,
     coactivation_lift,
@@ -15,12 +16,12 @@ from ecomoe.ecology.statistics import (
     max_violation,
     normalised_mutual_information,
     outcome_counts,
-    outcomes_of,
     ratios,
     routing_counts,
     shares,
     sum_by,
     wilson_interval,
+    wilson_intervals,
 )
 
 LAYOUT = Layout(5, 2)
@@ -252,3 +253,43 @@ def test_independent_experts_are_not_specialised():
     counts_EC = torch.tensor([1.0, 2.0, 3.0])[:, None] * torch.tensor([4.0, 1.0])
     assert normalised_mutual_information(counts_EC) == pytest.approx(0, abs=1e-12)
     assert normalised_mutual_information(torch.zeros(2, 2)) is None
+
+
+@settings(max_examples=200)
+@given(COUNTS)
+def test_intervals_are_rounded_outwards(counts):
+    total = sum(counts)
+    found = wilson_intervals(counts, total)
+    for count, bounds in zip(counts, found, strict=True):
+        if not total:
+            assert bounds is None
+            continue
+        low, high = wilson_interval(count, total)
+        assert 0 <= bounds[0] <= low <= count / total <= high <= bounds[1] <= 1
+        assert bounds == pytest.approx([low, high], rel=0.011)
+
+
+def test_interval_of_each_share_has_its_own_total():
+    assert wilson_intervals([1, 2, 0], [2, 4, 0]) == [[0.0945, 0.906], [0.15, 0.85], None]
+
+
+def test_domains_are_of_samples_or_of_predictions():
+    by_sample = domains_of(torch.tensor([3, 5]), torch.Size([2, 3]))
+    assert by_sample.tolist() == [3, 3, 3, 5, 5, 5]
+    assert domains_of(torch.arange(6).view(2, 3).int(), torch.Size([2, 3])).tolist() == [*range(6)]
+    assert domains_of(torch.tensor([3, 5]), torch.Size([2])).tolist() == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        (torch.tensor([1]), r"shape \(1,\) for predictions of \(2, 3\); it must be \(2,\) or"),
+        (torch.tensor(1), "domains has shape"),
+        (torch.zeros(2, 3, 4).long(), "domains has shape"),
+        (torch.zeros(2), "domains is a tensor of torch.float32; .* pass one id a sample"),
+        ([0, 1], "domains is list"),
+    ],
+)
+def test_wrong_domains(domains, message):
+    with pytest.raises(ValueError, match=message):
+        domains_of(domains, torch.Size([2, 3]))

@@ -10,28 +10,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ecomoe.ecology.callback import callbacks_of, move_up, show
+from ecomoe.ecology.callback import TrainerEvents, has_eco_layers
 from ecomoe.ecology.events import Event
+from ecomoe.ecology.outcomes import domains_of, outcomes_of
 from ecomoe.ecology.readers import Reader
 from ecomoe.ecology.recorder import Recorder, check_keys
 from ecomoe.ecology.records import build_record
 from ecomoe.ecology.report import Report
 from ecomoe.ecology.sinks import JsonlSink, check_log
-from ecomoe.ecology.statistics import outcomes_of
 from ecomoe.ecology.taxonomy import Thresholds
 from ecomoe.ecology.traffic import PHASES, Phase
 from ecomoe.ecology.watch import Watch, is_distributed, is_first_process
-from ecomoe.moe import EcoMoE
 from ecomoe.schedule import Schedule, unwrap_optimizer
 
 Record = dict[str, Any]
 EventHandler = Callable[[Event], None]
 
-STATE_KEY = "ecomoe_monitor"
+MAX_BUCKETS = 256
 VIEWS = ("report", "live", "lines", "off")
 
 
-class Monitor:
+class Monitor(TrainerEvents):
     """Watches the experts of a model while it trains, without changing what it learns.
 
     In transformers' Trainer it is a callback, ``Trainer(..., callbacks=[ecomoe.Monitor()])``: it
@@ -71,6 +70,9 @@ class Monitor:
         view: What to show on the terminal: ``"report"``, the report at the end of a Trainer's run;
             ``"live"``, a view in place while training as well; ``"lines"``, a line for each record
             as well; or ``"off"``.
+        token_buckets: Groups, at most 256, into which the ids of a language model's tokens are
+            hashed, to tell in evaluation how far experts specialise in tokens; 0 for none. Takes
+            8 bytes an expert and bucket.
 
     Raises:
         ValueError: An argument breaks its rule, or the model has no layer to watch.
@@ -87,11 +89,16 @@ class Monitor:
         thresholds: str | Thresholds = "paper",
         on_event: EventHandler | None = None,
         view: str = "report",
+        token_buckets: int = 0,
     ) -> None:
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r} must be an int >= 1; pass steps between reports")
         if view not in VIEWS:
             raise ValueError(f"view={view!r} must be one of {', '.join(VIEWS)}; pick one of these")
+        if type(token_buckets) is not int or not 0 <= token_buckets <= MAX_BUCKETS:
+            raise ValueError(
+                f"token_buckets={token_buckets!r} must be an int from 0 to {MAX_BUCKETS}; pass 64"
+            )
         if on_event is not None and not callable(on_event):
             raise ValueError(f"on_event={on_event!r} must be callable; pass a function of an Event")
         if model is None and (optimizer is not None or total_steps is not None):
@@ -105,6 +112,7 @@ class Monitor:
         self.every = every
         self.on_event = on_event
         self.view = view
+        self.token_buckets = token_buckets
         self.log = log
         self.step_count = 0
         self._recorder = Recorder(thresholds=self.thresholds, view=view)
@@ -146,7 +154,12 @@ class Monitor:
         """
         if self._watch is not None:
             raise ValueError("the monitor already watches a model; call close() first")
-        self._watch = Watch(model, thresholds=self.thresholds, readers=self._readers)
+        self._watch = Watch(
+            model,
+            thresholds=self.thresholds,
+            readers=self._readers,
+            token_buckets=self.token_buckets,
+        )
         try:
             if self.log is not None and is_first_process():
                 self._recorder.sink = JsonlSink(self.log)
@@ -203,9 +216,7 @@ class Monitor:
     def close(self) -> None:
         """Report what was counted since the last report, and detach; nothing is left behind.
 
-        Where several processes train together, all of them must close, and all report together: a
-        process whose watching has stopped with an error leaves the others waiting in their next
-        report, until the process group's timeout ends them.
+        Where several processes train together, all of them must close, and all report together.
         """
         self._detach(last_report=True)
 
@@ -230,36 +241,12 @@ class Monitor:
         self._detach(last_report=kind is None or not is_distributed())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
-        return Monitor(thresholds=self.thresholds, every=self.every, view=self.view)
-
-    def _begin_training(
-        self, model: nn.Module, *, args: Any, state: Any, optimizer: Optimizer | None
-    ) -> None:
-        self.close()
-        try:
-            self.attach(model)
-            self.step_count = state.global_step
-            saved = state.stateful_callbacks.get(STATE_KEY)
-            if saved is not None and state.global_step:
-                assert self._watch is not None
-                with self._watch.guarded():
-                    self.load_state_dict(saved)
-            if has_eco_layers(model):
-                from ecomoe.integrations.trainer import TrainerSession
-
-                self._session = TrainerSession(
-                    model,
-                    args=args,
-                    state=state,
-                    optimizer=optimizer,
-                    on_failure=lambda: self._detach(last_report=not is_distributed()),
-                )
-        except BaseException:
-            # The run does not begin, and the Trainer tells nobody: others have attached already.
-            for callback in (self, *callbacks_of(args, state)):
-                if isinstance(callback, Monitor):
-                    callback._detach(last_report=False)
-            raise
+        return Monitor(
+            thresholds=self.thresholds,
+            every=self.every,
+            view=self.view,
+            token_buckets=self.token_buckets,
+        )
 
     # -- counting ----------------------------------------------------------------------------
 
@@ -291,7 +278,14 @@ class Monitor:
         if self._session is None and step % self.every == 0:
             self._cut(PHASES if together else ("train", "generate"))
 
-    def evaluate(self, *, outputs: Tensor, targets: Tensor, shift: bool = False) -> None:
+    def evaluate(
+        self,
+        *,
+        outputs: Tensor,
+        targets: Tensor,
+        shift: bool = False,
+        domains: Tensor | None = None,
+    ) -> None:
         """Count, for each expert, whether the evaluation pass just done was right.
 
         Call it after each batch, with all outputs of it. No second pass is needed: the routing of
@@ -302,15 +296,21 @@ class Monitor:
             outputs: The model's class logits, ``(..., C)``.
             targets: True classes, ``(...)``; what is no class, such as -100, stands for none.
             shift: Whether position t predicts the target of t + 1 (causal language models).
+            domains: Where the samples are from, whole numbers from 0 to 63, one a sample or one a
+                prediction: tells how far experts specialise in domains.
 
         Raises:
             ValueError: The kinds or the shapes do not fit.
         """
         outcomes = outcomes_of(outputs, targets, shift=shift)
+        domains_M = None if domains is None else domains_of(domains, outputs.shape[:-1])
         if self._watch is not None:
             with self._watch.guarded():
                 self._watch.evaluate(
-                    outcomes, num_classes=outputs.shape[-1], per_sample=outputs.dim() == 2
+                    outcomes,
+                    num_classes=outputs.shape[-1],
+                    per_sample=outputs.dim() == 2,
+                    domains_M=domains_M,
                 )
 
     # -- reporting ---------------------------------------------------------------------------
@@ -394,75 +394,3 @@ class Monitor:
             self._watch.load_state_dict(state["watch"])
         self.step_count = state["step"]
         self._recorder.load_state_dict(state["history"])
-
-    # -- events of transformers' Trainer ------------------------------------------------------
-
-    def _nothing(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do nothing."""
-
-    on_init_end = on_epoch_begin = on_step_begin = _nothing
-    on_pre_optimizer_step = on_optimizer_step = on_substep_end = on_predict = _nothing
-    on_save = on_prediction_step = on_push_begin = _nothing
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the model and arm its auxiliary losses and schedule."""
-        self._begin_training(
-            kwargs["model"], args=args, state=state, optimizer=kwargs.get("optimizer")
-        )
-        move_up(self, callbacks_of(args, state))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance the schedule; keep the state ready for a checkpoint."""
-        if self._session is not None:
-            self._session.advance(state)
-        self._advance(state.global_step)
-        self._store(state, saving=control.should_save)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the state ready for a checkpoint."""
-        self._store(state, saving=control.should_save)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the evaluation, and keep the state ready for a checkpoint that may follow."""
-        self._cut(("eval",))
-        self._store(state)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add about ten numbers to what the Trainer logs."""
-        if logs is None or "train_runtime" in logs:
-            return
-        self._add_to_logs(logs, state)
-        self._store(state, saving=control.should_save)  # the Trainer saves after it logs
-
-    def _add_to_logs(self, logs: dict[str, float], state: Any) -> None:
-        evaluation = any(key.startswith("eval_") for key in logs)
-        record = self._cut(("eval",) if evaluation else ("train",))
-        added: dict[str, float] = {}
-        if not evaluation and self._session is not None:
-            added |= self._session.auxiliary_logs()
-        if record is not None:
-            prefix = "eval_" if evaluation else ""
-            added |= {
-                f"{prefix}{key}": value for key, value in self._recorder.scalars(record).items()
-            }
-        logs.update(added)
-        # The Trainer has copied `logs` into its history before callbacks see them.
-        if state.log_history:
-            state.log_history[-1].update(added)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report what is left, show the report and detach."""
-        self.close()
-        if self.view != "off" and self._recorder.latest and is_first_process():
-            show(self.report())
-
-    def _store(self, state: Any, *, saving: bool = True) -> None:
-        if self._watch is None or not saving:
-            return
-        with self._watch.guarded():
-            state.stateful_callbacks[STATE_KEY] = self.state_dict()
-
-
-def has_eco_layers(model: nn.Module) -> bool:
-    """Whether a model holds layers of this package."""
-    return any(isinstance(module, EcoMoE) for module in model.modules())

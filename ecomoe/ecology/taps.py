@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ecomoe.control import Control
 from ecomoe.ecology import lockdown, redundancy, statistics
-from ecomoe.ecology.statistics import LabelKind, Layout, Outcomes
+from ecomoe.ecology.outcomes import Outcomes
+from ecomoe.ecology.statistics import LabelKind, Layout
 from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic, recomputing
 from ecomoe.hooks import ForwardHook
 

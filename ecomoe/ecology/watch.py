@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology import statistics, taps, transfer
 from ecomoe.ecology.layer_state import check_layer_state, layer_state, load_layer_state
+from ecomoe.ecology.outcomes import Outcomes, outcomes_of
 from ecomoe.ecology.readers import Reader, find_taps
 from ecomoe.ecology.recorder import check_keys
 from ecomoe.ecology.records import layer_record, metrics_record
 from ecomoe.ecology.saturation import Choices
-from ecomoe.ecology.statistics import Outcomes
 from ecomoe.ecology.taxonomy import Thresholds
 from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic
 
@@ -251,7 +251,7 @@ class Watch:
         if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             return  # a regression, or a task whose accuracy is not one class per position
         self.evaluate(
-            statistics.outcomes_of(logits, labels, shift=self._shift),
+            outcomes_of(logits, labels, shift=self._shift),
             num_classes=logits.shape[-1],
             per_sample=logits.dim() == 2,
         )
