@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ CATEGORY_COLOURS = {
     "FRINGE": "#90caf9",
     "DEAD": "#b71c1c",
 }
+
+
+def _specialisation(kind: str) -> Callable[[Record], float | None]:
+    return lambda layer: layer.get("specialisation_by", {}).get(kind)
+
+
+# What a layer's evaluation tells beyond usage, each from 0 to 1 (redundancy from -1).
+MEASURES: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
+    ("redundancy (cosine)", lambda layer: (layer.get("redundancy") or {}).get("cosine")),
+    ("redundancy (CKA)", lambda layer: (layer.get("redundancy") or {}).get("cka")),
+    ("saturation", lambda layer: layer["lockdown"].get("saturation")),
+    ("specialisation by class", lambda layer: layer.get("specialisation")),
+    ("specialisation by token", _specialisation("token")),
+    ("specialisation by domain", _specialisation("domain")),
+)
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}
@@ -67,6 +82,8 @@ def write_html(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
             _usage_figure(shown, name, basis="topk"),
             _category_figure(shown, name),
             _flow_figure(layer),
+            _measures_figure(shown, name),
+            _saturation_figure(layer),
         ]
     plots = "\n".join(
         figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot{number}")
@@ -104,9 +121,12 @@ def _prediction(record: Record) -> str:
 
 def _layer_table(record: Record) -> str:
     heads = ["layer", "tiers", "DEAD top1", "DEAD topk", "tier usage top1", "tier usage topk"]
-    heads += ["max violation", "flip rate", "tokens"]
+    heads += ["max violation", "flip rate"]
+    # Records of earlier versions lack these, as do layers whose experts cannot be asked.
+    measured = {label: [read(layer) for layer in record["layers"]] for label, read in MEASURES}
+    shown = [label for label, values in measured.items() if any(v is not None for v in values)]
     rows = []
-    for layer in record["layers"]:
+    for number, layer in enumerate(record["layers"]):
         usage = [
             " / ".join(f"{share:.1%}" for share in layer["tier"]["usage"][basis]) for basis in BASES
         ]
@@ -120,10 +140,15 @@ def _layer_table(record: Record) -> str:
                 *usage,
                 f"{layer['max_violation']['topk']:.2f}",
                 "" if flip_rate is None else f"{flip_rate:.1%}",
+                *(_number(measured[label][number]) for label in shown),
                 f"{layer['num_tokens']:,}",
             ]
         )
-    return f"<h2>Layers at step {record['step']}</h2>{_table(heads, rows)}"
+    return f"<h2>Layers at step {record['step']}</h2>{_table([*heads, *shown, 'tokens'], rows)}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _event_table(records: Sequence[Record]) -> str:
@@ -268,4 +293,41 @@ def _flow_figure(layer: Record) -> go.Figure | None:
         zmin=0,
     )
     figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _measures_figure(records: Sequence[Record], name: str) -> go.Figure | None:
+    history = _history(records, name)
+    figure = _figure(
+        f"{html.escape(name)}: redundancy, saturation, specialisation", x="step", y="share of 1"
+    )
+    for label, read in MEASURES:
+        points = [(step, read(layer)) for step, layer in history]
+        if any(value is not None for _, value in points):
+            figure.add_scatter(
+                x=[step for step, _ in points],
+                y=[value for _, value in points],
+                mode="lines+markers",
+                name=label,
+            )
+    return figure if figure.data else None
+
+
+def _saturation_figure(layer: Record) -> go.Figure | None:
+    overlaps = layer["lockdown"].get("overlaps")
+    if not overlaps:
+        return None
+    figure = _figure(
+        f"{html.escape(layer['name'])}: share of choices that are already the last ones",
+        x="step",
+        y="overlap with the last evaluation",
+    )
+    figure.add_scatter(
+        x=[point["step"] for point in overlaps],
+        y=[point["overlap"] for point in overlaps],
+        mode="lines+markers",
+    )
+    chance = layer["top_k"] / layer["num_experts"]
+    figure.add_hline(y=chance, line={"dash": "dot"}, annotation_text="by chance")
+    figure.update_yaxes(range=[0, 1.02])
     return figure
