@@ -1,17 +1,20 @@
 import io
 import json
 import math
+import shutil
+import subprocess
 
 import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from ecomoe import Control, Report
+from ecomoe import Control, EcoMoE, Monitor, Report
 from ecomoe.ecology.events import Event
 from ecomoe.ecology.live import LiveView
 from ecomoe.ecology.records import build_record, layer_record, prediction_record
 from ecomoe.ecology.report import scalars, summary_line
+from ecomoe.ecology.sinks import read_records
 from ecomoe.ecology.statistics import Layout, routing_counts
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -185,6 +188,73 @@ def test_html_holds_the_records_numbers(page):
     heat = text.split('id="plot2"')[1].split("</script>")[0]
     usage = [record["layers"][0]["usage"]["top1"] for record in records]
     assert json.dumps([list(row) for row in zip(*usage, strict=True)]).replace(" ", "") in heat
+
+
+@pytest.fixture
+def measured_run(tmp_path):
+    """A short run with everything measured: its log's records and its report."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 8), EcoMoE(8, 9, tiers=(2, 2))).eval()
+    ids = torch.arange(60).view(6, 10) % 9
+    log, path = tmp_path / "run.jsonl", tmp_path / "report.html"
+    with torch.no_grad(), Monitor(model, log=log, token_buckets=8, view="off") as monitor:
+        for _ in range(3):
+            monitor.evaluate(outputs=model(ids), targets=ids % 8, domains=torch.arange(6) % 2)
+            monitor.step()
+            model[1].router.get_parameter(
+                next(iter(dict(model[1].router.named_parameters())))
+            ).neg_()
+    monitor.report("eval").to_html(path)
+    return list(read_records(log)), path
+
+
+def test_html_shows_what_was_measured(measured_run):
+    records, path = measured_run
+    text = path.read_text(encoding="utf-8")
+    data = text.split('<script type="application/json" id="records">')[1].split("</script>")[0]
+    assert json.loads(data) == records
+    layer = records[-1]["layers"][0]
+    table = text.split("<h2>Redundancy, saturation, specialisation</h2>")[1].split("</table>")[0]
+    by_kind = layer["specialisation_by"]
+    for value in (*by_kind.values(), layer["redundancy"]["cosine"], layer["redundancy"]["cka"]):
+        assert f"<td>{value:.3f}</td>" in table
+    assert f"<td>{layer['lockdown']['saturation']:.3f}</td>" in table
+    drawn = [record["layers"][0]["redundancy"]["cka"] for record in records]
+    assert json.dumps(drawn).replace(" ", "") in text
+    overlaps = [point["overlap"] for point in layer["lockdown"]["overlaps"]]
+    assert json.dumps(overlaps).replace(" ", "") in text
+
+
+def test_html_of_older_records_goes_without_what_they_lack(tmp_path):
+    record = make_record(make_layer("a"))
+    layer = record["layers"][0]
+    for key in ("redundancy", "specialisation_by", "specialisation"):
+        del layer[key]
+    layer["lockdown"] = {k: layer["lockdown"][k] for k in ("probes", "flips", "flip_rate")}
+    Report(record).to_html(tmp_path / "old.html")
+    assert "Redundancy, saturation" not in (tmp_path / "old.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_html_opens_in_a_browser_without_an_error(measured_run, tmp_path):
+    records, path = measured_run
+    shown = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            *("--disable-dev-shm-usage", "--enable-logging=stderr", "--virtual-time-budget=5000"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in shown.stderr  # the browser's own complaints do not say that
+    plots = path.read_text(encoding="utf-8").count("Plotly.newPlot(")
+    assert shown.stdout.count('class="main-svg"') >= plots > 6
+    data = shown.stdout.split('id="records">')[1].split("</script>")[0]
+    assert json.loads(data) == records
 
 
 def test_html_needs_no_network_and_escapes_names(page):

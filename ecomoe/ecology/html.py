@@ -44,15 +44,15 @@ MEASURES: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
     ("redundancy (cosine)", lambda layer: (layer.get("redundancy") or {}).get("cosine")),
     ("redundancy (CKA)", lambda layer: (layer.get("redundancy") or {}).get("cka")),
     ("saturation", lambda layer: layer["lockdown"].get("saturation")),
-    ("specialisation by class", lambda layer: layer.get("specialisation")),
-    ("specialisation by token", _specialisation("token")),
-    ("specialisation by domain", _specialisation("domain")),
+    ("NMI with class", lambda layer: layer.get("specialisation")),
+    ("NMI with token", _specialisation("token")),
+    ("NMI with domain", _specialisation("domain")),
 )
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}
+td,th{padding:.2rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}.warn{color:#b71c1c}.muted{color:#666}
 .wide{overflow-x:auto}
 """
@@ -97,7 +97,7 @@ def write_html(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
         '<link rel=icon href="data:,">'
         f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
         f"<h1>Expert ecology</h1><p>{title}</p>{_prediction(last)}{_layer_table(last)}"
-        f"<h2>Plots</h2>{plots}{_event_table(records)}"
+        f"{_measure_table(last)}<h2>Plots</h2>{plots}{_event_table(records)}"
         f'<script type="application/json" id="records">{data}</script></body></html>\n'
     )
     Path(path).write_text(page, encoding="utf-8")
@@ -121,12 +121,9 @@ def _prediction(record: Record) -> str:
 
 def _layer_table(record: Record) -> str:
     heads = ["layer", "tiers", "DEAD top1", "DEAD topk", "tier usage top1", "tier usage topk"]
-    heads += ["max violation", "flip rate"]
-    # Records of earlier versions lack these, as do layers whose experts cannot be asked.
-    measured = {label: [read(layer) for layer in record["layers"]] for label, read in MEASURES}
-    shown = [label for label, values in measured.items() if any(v is not None for v in values)]
+    heads += ["max violation", "flip rate", "tokens"]
     rows = []
-    for number, layer in enumerate(record["layers"]):
+    for layer in record["layers"]:
         usage = [
             " / ".join(f"{share:.1%}" for share in layer["tier"]["usage"][basis]) for basis in BASES
         ]
@@ -140,11 +137,23 @@ def _layer_table(record: Record) -> str:
                 *usage,
                 f"{layer['max_violation']['topk']:.2f}",
                 "" if flip_rate is None else f"{flip_rate:.1%}",
-                *(_number(measured[label][number]) for label in shown),
                 f"{layer['num_tokens']:,}",
             ]
         )
-    return f"<h2>Layers at step {record['step']}</h2>{_table([*heads, *shown, 'tokens'], rows)}"
+    return f"<h2>Layers at step {record['step']}</h2>{_table(heads, rows)}"
+
+
+def _measure_table(record: Record) -> str:
+    # Records of earlier versions lack some measures, as do layers whose experts cannot be asked.
+    columns = {label: [read(layer) for layer in record["layers"]] for label, read in MEASURES}
+    columns = {label: c for label, c in columns.items() if any(v is not None for v in c)}
+    if not columns:
+        return ""
+    rows = [
+        [layer["name"], *(_number(column[number]) for column in columns.values())]
+        for number, layer in enumerate(record["layers"])
+    ]
+    return f"<h2>Redundancy, saturation, specialisation</h2>{_table(['layer', *columns], rows)}"
 
 
 def _number(value: float | None) -> str:
@@ -179,6 +188,7 @@ def _figure(title: str, *, x: str, y: str, height: int = 360) -> go.Figure:
 
 def _dead_figure(records: Sequence[Record]) -> go.Figure:
     figure = _figure("DEAD experts", x="step", y="experts in all layers")
+    figure.update_yaxes(rangemode="tozero")
     for phase in dict.fromkeys(record["phase"] for record in records):
         mine = [record for record in records if record["phase"] == phase]
         for basis in BASES:
