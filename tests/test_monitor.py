@@ -565,8 +565,8 @@ def test_an_evaluation_not_reported_yet_survives_resuming(tmp_path):
         return state, [{k: v for k, v in r.items() if k != "run"} for r in read_records(log)]
 
     _, whole = run(tmp_path / "whole.jsonl", range(4))
-    state, _ = run(tmp_path / "killed.jsonl", range(2))
-    _, resumed = run(tmp_path / "resumed.jsonl", range(2, 4), state)
+    state, _ = run(tmp_path / "parts.jsonl", range(2))
+    _, resumed = run(tmp_path / "parts.jsonl", range(2, 4), state)
     assert [record["step"] for record in whole] == [0, 1]
     assert whole[0]["layers"][0]["redundancy"]["probes"] == 32
     assert whole[0]["layers"][0]["specialisation_by"]["domain"] is not None
