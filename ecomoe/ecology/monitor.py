@@ -364,7 +364,7 @@ class Monitor(TrainerEvents):
     def state_dict(self) -> Record:
         """Return what a checkpoint needs to go on where this monitor stands, as plain data."""
         if self._watch is not None and self._watch.evaluated and not is_distributed():
-            self._cut(("eval",))  # the evaluation is over: its outcome is no part of the sums
+            self._cut(("eval",))  # the evaluation is over: what saturation saw is not in the state
         return {
             "step": self.step_count,
             "history": self._recorder.state_dict(),

@@ -1,10 +1,11 @@
 """What monitoring costs: ``python -m tests.benchmarks.monitor``.
 
-Training steps of a GPT-2-small-shaped model with EcoMoE layers on the CPU, with and without hooks
-in turn, so that a drift of the machine's speed meets both. Two figures of the cost are printed: the
-paired difference of whole steps, which holds everything and is noisy, and the time inside the
-monitor's own hooks, which is precise. It prints the cost of a report, the bytes held, the transfers
-to the host and the graph breaks as well.
+Forward and backward passes of a GPT-2-small-shaped model with EcoMoE layers on the CPU, with and
+without hooks in turn, so that a drift of the machine's speed meets both. No optimizer steps, so the
+shares are upper bounds of those of a training step. Two figures of the cost are printed: the paired
+difference of processor time, which holds everything and is noisy (how noisy, pairs without any
+monitor tell), and the time inside the monitor's own hooks, which is precise. It prints the cost of
+a report, the bytes held, the transfers to the host and the graph breaks as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -49,14 +51,14 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
-    """Return the seconds of one training step."""
-    start = time.perf_counter()
+def step(model: nn.Module, tokens: torch.Tensor) -> float:
+    """Return the seconds of processor time of one forward and backward pass."""
+    start = time.process_time()
     loss = model(tokens).square().mean() + ecomoe.aux_loss(model)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    return time.perf_counter() - start
+    seconds = time.process_time() - start
+    model.zero_grad(set_to_none=False)
+    return seconds
 
 
 class WaitCount(TorchDispatchMode):
@@ -90,45 +92,58 @@ def around_hooks(wrapper: Callable[[Callable[..., None]], Callable[..., None]]) 
             setattr(owner, name, original)
 
 
-def time_pairs(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, *, num: int
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Return seconds: of plain steps, of watched ones, inside their hooks, and of a report."""
-    plain: list[float] = []
-    watched: list[float] = []
-    hooks: list[float] = []
-    reports: list[float] = []
+class Timings(NamedTuple):
+    """Seconds of processor time, one for each round.
+
+    Attributes:
+        plain: A step without a monitor.
+        again: Another one.
+        watched: A step with a monitor.
+        hooks: The part of ``watched`` that is spent inside hooks.
+        reports: A report after it.
+    """
+
+    plain: list[float]
+    again: list[float]
+    watched: list[float]
+    hooks: list[float]
+    reports: list[float]
+
+
+def time_rounds(model: nn.Module, tokens: torch.Tensor, *, num: int) -> Timings:
+    """Return what the parts of some rounds take."""
+    found = Timings([], [], [], [], [])
 
     def timing(original: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: object, **kwargs: object) -> None:
-            start = time.perf_counter()
+            start = time.process_time()
             original(*args, **kwargs)
-            hooks[-1] += time.perf_counter() - start
+            found.hooks[-1] += time.process_time() - start
 
         return timed
 
     def watch() -> None:
-        with ecomoe.Monitor(model, optimizer=optimizer, every=10**9, view="off") as monitor:
-            hooks.append(0.0)
-            watched.append(step(model, optimizer, tokens))
-            start = time.perf_counter()
+        with ecomoe.Monitor(model, every=10**9, view="off") as monitor:
+            found.hooks.append(0.0)
+            found.watched.append(step(model, tokens))
+            start = time.process_time()
             monitor.report()
-            reports.append(time.perf_counter() - start)
+            found.reports.append(time.process_time() - start)
 
+    turns = [
+        lambda: found.plain.append(step(model, tokens)),
+        watch,
+        lambda: found.again.append(step(model, tokens)),
+    ]
     with around_hooks(timing):
-        for pair in range(num):
-            # Which one comes first changes, so that what the first leaves behind meets both.
-            if pair % 2:
-                watch()
-            plain.append(step(model, optimizer, tokens))
-            if not pair % 2:
-                watch()
-    return plain, watched, hooks, reports
+        for number in range(num):
+            # Each is first in its turn, so that what one leaves behind meets all.
+            for place in range(3):
+                turns[(number + place) % 3]()
+    return found
 
 
-def count_waits(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor
-) -> tuple[int, int]:
+def count_waits(model: nn.Module, tokens: torch.Tensor) -> tuple[int, int]:
     """Return how often the host would wait: in the hooks of two steps, and in their report."""
     waits = WaitCount()
     transfers = 0
@@ -151,7 +166,7 @@ def count_waits(
     try:
         with around_hooks(counting), ecomoe.Monitor(model, every=10**9, view="off") as monitor:
             for _ in range(2):
-                step(model, optimizer, tokens)
+                step(model, tokens)
             monitor.report()
             return waits.count, transfers
     finally:
@@ -202,41 +217,39 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536, help="of each of 16 experts")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
     torch.manual_seed(0)
     heads = max(1, given.d_model // 64)
     blocks = [Block(given.d_model, heads, given.hidden) for _ in range(given.layers)]
     model = nn.Sequential(*blocks)
-    # Plain SGD keeps the memory small and the step short: the shares below are upper bounds.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     tokens = torch.randn(given.batch, given.length, given.d_model)
-    for _ in range(2):
-        step(model, optimizer, tokens)
-    plain, watched, hooks, reports = time_pairs(model, optimizer, tokens, num=given.pairs)
-    whole = statistics.median(plain)
-    differences = [(b - a) / whole for a, b in zip(plain, watched, strict=True)]
+    step(model, tokens)
+    found = time_rounds(model, tokens, num=given.rounds)
+    whole = statistics.median(found.plain + found.again)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{given.layers} layers, D={given.d_model}, 16 experts of {given.hidden}, top 2, "
         f"{millions:.0f} M parameters, {given.batch * given.length} tokens a step, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {given.rounds} rounds"
     )
-    print("a step              {:.3f} s, quartiles {:.3f} to {:.3f}".format(*quartiles(plain)))
     print(
-        "paired difference   {:+.2%} of a step, quartiles {:+.2%} to {:+.2%}, {} pairs".format(
-            *quartiles(differences), given.pairs
-        )
+        "a step              {:.3f} s, quartiles {:.3f} to {:.3f}".format(*quartiles(found.plain))
     )
+    for name, others in (("with the monitor", found.watched), ("with none, again", found.again)):
+        differences = [(b - a) / whole for a, b in zip(found.plain, others, strict=True)]
+        print(
+            f"{name}    {{:+.2%}}, quartiles {{:+.2%}} to {{:+.2%}}".format(*quartiles(differences))
+        )
     print(
         "inside the hooks    {:.2%} of a step, quartiles {:.2%} to {:.2%}".format(
-            *quartiles([seconds / whole for seconds in hooks])
+            *quartiles([seconds / whole for seconds in found.hooks])
         )
     )
-    report = statistics.median(reports)
+    report = statistics.median(found.reports)
     print(f"a report            {report * 1e3:.1f} ms, {report / whole / 100:.3%} of 100 steps")
     print(f"held a layer        {bytes_held(model) / 1024:.1f} KiB")
-    in_hooks, in_report = count_waits(model, optimizer, tokens)
+    in_hooks, in_report = count_waits(model, tokens)
     print(f"host waits          {in_hooks} in the hooks of 2 steps, {in_report} a report")
     print(f"graph breaks        {count_graph_breaks(tokens)}")
     print(
