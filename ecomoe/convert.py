@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ecomoe import arguments
-from ecomoe.cost import flops_per_token
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE
 from ecomoe.oracle import Oracle
-from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refusals, select_blocks
+from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refuse_hooks, select_blocks
+from ecomoe.summary import Cost, summary
 from ecomoe.token_ids import feed_token_ids
 from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
 
@@ -98,7 +97,7 @@ def convert(
 
     Raises:
         ValueError: An argument breaks its rule, there is nothing to replace, or a chosen block
-            cannot be a mixture of experts. The model is as it was.
+            cannot be a mixture of experts or carries hooks. The model is as it was.
     """
     _check_module(model)
     arguments.flag("verbose", verbose)
@@ -124,6 +123,8 @@ def convert(
         "warmup_fraction": warmup_fraction,
     }
     planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
+    for block, layer in planned:
+        refuse_hooks(block, layer)
     embeddings = _token_embeddings(model) if router == "hash" else []
     before = Cost.of(model, dense=chosen)
     _replace(model, planned, init=init, amount=amount)
@@ -137,7 +138,7 @@ def convert(
     for adapter in adapters_of(model):
         adapter.remember(model, record)
     if verbose:
-        print(_summary(before, Cost.of(model, layers=planned), planned, found, refused))
+        print(summary(before, Cost.of(model, layers=planned), planned, found, refused))
     return model
 
 
@@ -337,81 +338,6 @@ def _allocate(modules: Iterator[nn.Module], device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, name, torch.empty_like(buffer, device=device))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model weighs.
-
-    Attributes:
-        parameters: All of them.
-        active: Those that take part in computing one token.
-        flops: Floating-point operations of the blocks in question, for one token forward.
-    """
-
-    parameters: int
-    active: int
-    flops: int
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        *,
-        dense: Sequence[Found] = (),
-        layers: Sequence[tuple[Found, EcoMoE]] = (),
-    ) -> Cost:
-        """Weigh a model, with the operations of dense blocks or of layers in it."""
-        parameters = sum(p.numel() for p in model.parameters())
-        idle = flops = 0
-        for module in model.modules():
-            if isinstance(module, EcoMoE):
-                share = module.top_k / module.num_experts
-                stacked = sum(p.numel() for p in module.experts.parameters() if p.dim() > 1)
-                idle += round(stacked * (1 - share))
-        for block in dense:
-            flops += block.site.ffn.flops
-        for _, layer in layers:
-            flops += flops_per_token(layer)
-        return cls(parameters, parameters - idle, flops)
-
-
-def _summary(
-    before: Cost,
-    after: Cost,
-    planned: Sequence[tuple[Found, EcoMoE]],
-    found: Sequence[Found],
-    refused: Mapping[str, str],
-) -> str:
-    block, layer = planned[0]
-    control = layer.control
-    names = block.name if len(planned) == 1 else f"{block.name} ... {planned[-1][0].name}"
-    lines = [
-        f"EcoMoE: {len(planned)} of {len(found)} feed-forward blocks replaced ({names})",
-        f"  each with {layer.num_experts} experts in tiers {layer.tiers}, top_k={layer.top_k}, "
-        f"E={control.e:.3f} ({control.phase})",
-        f"  {'':<28}{'before':>12}{'after':>12}",
-    ]
-    for label, one, other in (
-        ("parameters", before.parameters, after.parameters),
-        ("active for a token", before.active, after.active),
-        ("FLOPs a token, these blocks", before.flops, after.flops),
-    ):
-        lines.append(f"  {label:<28}{_short(one):>12}{_short(other):>12}")
-    lines.extend(f"  {clause}" for clause in refusals(refused))
-    return "\n".join(lines)
-
-
-def _short(number: int) -> str:
-    """Write a count with three digits.
-
-    >>> _short(1_234_567), _short(987)
-    ('1.23 M', '987')
-    """
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
 
 
 def _check_module(model: object) -> None:

@@ -25,6 +25,8 @@ Rule = Callable[[Any], "Site | tuple[Site, ...] | None"]
 LayerFilter = Callable[[str, nn.Module], bool]
 Layers = int | str | LayerFilter | Sequence[int | str] | None
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 # Libraries whose models can be converted, by the first name of their classes' modules.
 _ADAPTERS = {
     "timm": "ecomoe.integrations.timm",
@@ -280,6 +282,24 @@ def find_blocks(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
                 if name:
                     found.append(Found(name, owner, module, one))
     return found, refused
+
+
+def refuse_hooks(block: Found, layer: EcoMoE) -> None:
+    """Raise where a module that the layer displaces, and does not take over, carries hooks.
+
+    Raises:
+        ValueError: There is one; it is named.
+    """
+    stays = set(layer.modules())
+    for name in (block.site.seat, *block.site.emptied):
+        part = attrgetter(name)(block.module) if name else block.module
+        for inner, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            if module not in stays and any(getattr(module, kind) for kind in _HOOKS):
+                path = ".".join(word for word in (block.owner, name, inner) if word)
+                raise ValueError(
+                    f"{path} carries hooks, which would be lost with it; remove them first, and "
+                    "register them on the converted model"
+                )
 
 
 def class_rule(rules: Mapping[str, Rule], module: nn.Module, *, root: str) -> Rule | None:

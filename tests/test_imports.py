@@ -26,6 +26,7 @@ LAYERS = [
     {"distributed"},
     {"upcycle", "multihop"},
     {"sites"},
+    {"summary"},
     {"convert", "schedule"},
     {"loading"},
     {"ecology"},
