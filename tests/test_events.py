@@ -262,6 +262,7 @@ def test_scripted_ecologies_are_recovered():
 @pytest.mark.slow
 def test_a_thousand_scripted_ecologies_are_recovered():
     missed, invented, total = missed_and_invented(range(1000))
+    print(f"{total} events, {missed} missed; {invented} ecologies of 1000 with an invented one")
     assert total > 20_000
     assert missed == 0
     assert invented <= 10

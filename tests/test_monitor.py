@@ -7,9 +7,10 @@ import torch
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ecomoe
-from ecomoe.ecology import watch
+from ecomoe.ecology import transfer, watch
 from ecomoe.ecology.sinks import read_records
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -65,12 +66,59 @@ def watched(**settings):
 
 
 def test_training_is_bit_equal_with_and_without():
-    model, _ = watched(every=2)
+    model, monitor = watched(every=2, token_buckets=8)
+    drawn = torch.rand(3)
+    # The evaluations in between have probed the experts and kept choices.
+    layer = monitor.report("eval").to_dict()["layers"][0]
+    assert layer["redundancy"]["probes"] == 32
+    assert len(layer["lockdown"]["overlaps"]) == 2
     plain, optimizer = make()
     with ecomoe.schedule.Schedule(plain, total_steps=STEPS, optimizer=optimizer):
         train(plain, optimizer)
+    assert torch.equal(torch.rand(3), drawn)
     for name, value in model.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that make the host wait for an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+        self.count += func.overloadpacket.__name__ in waiting
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_report_moves_sums_once_and_passes_never_wait(monkeypatch):
+    transfers = []
+    to_host = transfer._to_host
+    monkeypatch.setattr(transfer, "_to_host", lambda *a: transfers.append(1) or to_host(*a))
+
+    def run(monitor=None):
+        torch.manual_seed(0)
+        (x, y) = next(batches())
+        with Waits() as waits:
+            model(x)
+            model.eval()
+            with torch.no_grad():
+                outputs = model(x)
+                if monitor is not None:
+                    monitor.evaluate(outputs=outputs, targets=y, domains=y)
+            model.train()
+        return waits.count
+
+    model, _ = make()
+    alone = run()
+    with ecomoe.Monitor(model, every=1, view="off") as monitor:
+        for report in range(1, 4):
+            assert run(monitor) == alone
+            monitor._cut(("train", "eval"))
+            assert len(transfers) == report
+        layer = monitor.report("eval").to_dict()["layers"][0]
+    assert layer["redundancy"] is not None
+    assert layer["lockdown"]["saturation"] == 1
 
 
 def test_schedule_follows_the_optimizer():

@@ -214,3 +214,26 @@ def test_compiled_without_a_graph_break(model):
             for layer, counts in zip(layers_of(monitor, phase), expected, strict=True):
                 for basis in BASES:
                     assert layer["counts"][basis] == [calls * n for n in counts[basis]]
+        probed = [layer["redundancy"] for layer in layers_of(monitor, "eval")]
+        compiled(x)
+        again = layers_of(monitor, "eval")
+        model(x)
+        eager = [layer["redundancy"] for layer in layers_of(monitor, "eval")]
+    for layer, before, plain in zip(again, probed, eager, strict=True):
+        assert layer["redundancy"] == before == pytest.approx(plain, rel=1e-4)
+        assert before["probes"] == 12
+        assert layer["lockdown"]["saturation"] == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_made_in_the_middle_of_an_evaluation_hold_nothing_of_it(model, copied):
+    sizes = {name: value.shape for name, value in model.state_dict().items()}
+    with ecomoe.Monitor(model) as monitor:
+        model.eval()
+        model(torch.randn(4, 8))
+        assert all(tap.probe is not None for tap in monitor._watch.taps)
+        twin = copied(model)
+        twin(torch.randn(4, 8))
+        assert layers_of(monitor, "eval")[0]["num_tokens"] == 4
+    assert {name: value.shape for name, value in twin.state_dict().items()} == sizes
+    assert not hooks_of(model)
