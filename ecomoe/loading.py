@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# What is fetched of a repository on the hub: no pickle, no code.
+_FETCHED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+
 # Modules that hold a registry, and the adapter whose ``register(module)`` extends it.
 _REGISTRIES = {
     "transformers.models.auto.auto_factory": "ecomoe.integrations.huggingface",
@@ -30,8 +33,9 @@ _REGISTRIES = {
 
 
 def from_pretrained(
-    directory: str | PathLike[str],
+    source: str | PathLike[str],
     *,
+    revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
 ) -> nn.Module:
@@ -40,8 +44,10 @@ def from_pretrained(
     Reads safetensors alone: nothing is unpickled and no code of the checkpoint is run.
 
     Args:
-        directory: Where ``model.save_pretrained`` (transformers) or ``timm.models.save_for_hf``
-            wrote it.
+        source: The directory where ``model.save_pretrained`` (transformers) or
+            ``timm.models.save_for_hf`` wrote it, or the name of a repository on the Hugging Face
+            hub that holds such a directory.
+        revision: Branch, tag or commit on the hub.
         dtype: Dtype of the weights other than routers; by default as saved. transformers only.
         device_map: As for transformers' ``from_pretrained``. transformers only.
 
@@ -49,14 +55,23 @@ def from_pretrained(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: The directory holds no converted model, or an argument has no effect on it.
+        ValueError: The directory holds no converted model, there is neither such a directory nor
+            such a repository, or an argument has no effect.
     """
-    if not isinstance(directory, (str, PathLike)):
+    if not isinstance(source, (str, PathLike)):
         raise ValueError(
-            f"directory={directory!r} must be a path; pass the directory that the model was "
-            "saved in"
+            f"source={source!r} must be a path or a name on the hub; pass the directory that the "
+            "model was saved in"
         )
-    path = Path(directory) / "config.json"
+    if isinstance(source, str) and not Path(source).exists():
+        directory = _fetch(source, revision)
+    elif revision is None:
+        directory = Path(source)
+    else:
+        raise ValueError(
+            f"revision={revision!r} has no effect on the directory {source}; leave it out"
+        )
+    path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} must be a file; pass the directory that the model was saved in")
     config = json.loads(path.read_text())
@@ -74,6 +89,18 @@ def from_pretrained(
         model = import_module("ecomoe.integrations.timm").load(directory)
         return model
     raise ValueError(f"{path} must be that of a transformers or timm model; it names neither")
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Bring a repository's configuration and weights here and return their directory."""
+    snapshot_download = import_module("huggingface_hub").snapshot_download
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+    except (OSError, ValueError) as problem:
+        raise ValueError(
+            f"source={name!r} must be a directory, or a repository on the hub that can be reached; "
+            f"pass the directory that the model was saved in ({problem})"
+        ) from problem
 
 
 class _Watch(MetaPathFinder):

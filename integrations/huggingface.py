@@ -197,7 +197,7 @@ def load(directory: Any, *, dtype: Any, device_map: Any) -> nn.Module:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if not loads_layers(config):
         raise ValueError(
             f"{directory} holds a {config.model_type} model without EcoMoE layers; load it with "

@@ -344,7 +344,7 @@ def test_what_is_saved_is_plain_json(tmp_path):
     assert record["tiers"] == [8, 4, 4]
 
 
-# Fine-tuning, quantisation, generation
+# Fine-tuning
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -379,37 +379,62 @@ def test_lora_through_target_parameters(tmp_path):
     assert torch.allclose(output(merged, inputs), got, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*:UserWarning")
-@pytest.mark.parametrize("router", ["mlp", "linear"])
-def test_dynamic_quantisation_leaves_routers_alone(router):
-    model = converted("llama", "AutoModelForCausalLM", router=router)
-    inputs = inputs_for(model)
-    want = output(model, inputs)
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    layer = quantised.model.layers[0].mlp
-    assert isinstance(layer, ecomoe.EcoMoE)
-    assert type(layer.router.score) is type(model.model.layers[0].mlp.router.score)
-    assert layer.router.score.weight.dtype == torch.float32
-    assert torch.allclose(output(quantised, inputs), want, atol=0.1)
+# From the hub: its cache stands in for it, which is all that is asked when offline.
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "t5", "bart"])
-def test_generation_with_and_without_cache(model_type):
-    auto = FAMILIES[model_type]
-    model = tiny_model(model_type, auto=auto).eval()
-    ids = {"input_ids": torch.randint(3, 100, (2, 6))}
-    settings = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
-    if model.config.is_encoder_decoder:
-        settings["decoder_start_token_id"] = 0
-    want = model.generate(**ids, **settings)
-    ecomoe.convert(model, verbose=False)
-    assert torch.equal(model.generate(**ids, **settings), want)
-    noisy = converted(model_type, auto)
-    cached = noisy.generate(**ids, **settings, use_cache=True)
-    assert torch.equal(cached, noisy.generate(**ids, **settings, use_cache=False))
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts a saved model where the hub's client keeps a repository."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def publish(model, name, *, revision="main"):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        commit = f"{len(list(repository.glob('snapshots/*'))):040x}"
+        (repository / "refs" / revision).write_text(commit)
+        folder = repository / "snapshots" / commit
+        if hasattr(model, "config"):
+            model.save_pretrained(folder)
+        else:
+            timm.models.save_for_hf(model, folder, safe_serialization=True)
+
+    return publish
+
+
+def test_a_name_on_the_hub(hub):
+    first, second = converted("gpt2"), converted("gpt2")
+    hub(first, "somebody/gpt2-moe")
+    hub(second, "somebody/gpt2-moe", revision="later")
+    assert_same_state(ecomoe.from_pretrained("somebody/gpt2-moe"), first)
+    assert_same_state(ecomoe.from_pretrained("somebody/gpt2-moe", revision="later"), second)
+    image = timm_model()
+    hub(image, "somebody/vit-moe")
+    assert_same_state(ecomoe.from_pretrained("somebody/vit-moe"), image)
+
+
+def test_of_the_hub_only_configuration_and_safetensors_are_fetched():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from ecomoe.loading import _FETCHED
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["pytorch_model.bin", "modeling_gpt2.py", "weights.pth", "weights.pkl", "README.md"]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=list(_FETCHED))) == wanted
+
+
+@pytest.mark.parametrize("name", ["somebody/nothing", "out/gpt2/deeper", "no such place"])
+def test_neither_directory_nor_repository(hub, name):
+    with pytest.raises(ValueError, match=f"source='{name}' must be a directory, or a repository"):
+        ecomoe.from_pretrained(name)
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="revision='main' has no effect on the directory"):
+        ecomoe.from_pretrained(tmp_path, revision="main")
 
 
 def test_no_directory():
-    with pytest.raises(ValueError, match="directory=None must be a path; pass"):
+    with pytest.raises(ValueError, match="source=None must be a path or a name on the hub; pass"):
         ecomoe.from_pretrained(None)
