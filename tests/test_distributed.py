@@ -7,7 +7,6 @@ from parallel import (
     Case,
     run_clipping,
     run_compiled,
-    run_copies,
     run_ddp,
     run_evaluation,
     run_experts,
@@ -16,11 +15,9 @@ from parallel import (
     run_grid,
     run_layer,
     run_mixed_precision,
-    run_replication,
-    run_state_dict,
     run_steps,
-    run_wrong_use,
 )
+from parallel_state import run_copies, run_replication, run_state_dict, run_wrong_use
 from ranks import Ranks
 from torch import distributed
 
