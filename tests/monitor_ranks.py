@@ -46,6 +46,7 @@ def watch(model, forward, ranks, log):
             "accuracy": record["layers"][0]["accuracy"],
             "metrics": {k: round(v, 5) for k, v in record["metrics"].items()},
             "trajectory": record["trajectory"],
+            "redundancy": record["layers"][0]["redundancy"],
         }
         for record in latest
     ]

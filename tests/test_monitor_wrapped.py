@@ -27,6 +27,10 @@ def test_two_processes_report_what_one_would(ranks, how, tmp_path):
         assert eval_report["accuracy"] == alone[0]["accuracy"]
         assert eval_report["metrics"] == pytest.approx(alone[0]["metrics"], rel=1e-4)
         assert train_report["counts"] == alone[1]["counts"]
+        # The tokens of the first batch of each process; alone there was one first batch of 20.
+        assert eval_report["redundancy"] == found[0][0]["redundancy"]
+        assert eval_report["redundancy"]["probes"] == 40
+        assert alone[0]["redundancy"]["probes"] == 20
     # One process writes, once a report.
     steps = [(record["step"], record["phase"]) for record in read_records(log)]
     assert steps == [(2, "train"), (3, "train"), (3, "eval")]
