@@ -1,4 +1,4 @@
-"""The command line: ``ecomoe report``, ``ecomoe watch`` and ``ecomoe compare`` on JSONL records.
+"""The command line: ``ecomoe report``, ``watch`` and ``compare`` on JSONL records; ``ecomoe cost``.
 
 A file may hold several runs. ``FILE`` stands for the last one, ``FILE#1`` for the first.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ecomoe import costing
 from ecomoe.ecology.compare import compare
 from ecomoe.ecology.report import Report, record_lines
 from ecomoe.ecology.sinks import Follower, Record, read_runs
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
         argv: The arguments, by default those of the process.
         sleep: Waits between two looks at a growing file.
     """
-    parser = argparse.ArgumentParser(prog="ecomoe", description="Read the ecology of experts.")
+    parser = argparse.ArgumentParser(
+        prog="ecomoe", description="Read the ecology of experts, and what they cost."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="show the report of a run")
     which = "the file that Monitor(log=...) wrote; of several runs in it, FILE#1 is the first"
@@ -44,8 +47,12 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     against.add_argument("--margin", type=float, default=0.01, help="accuracy that matters")
     against.add_argument("--alpha", type=float, default=0.05, help="error rate of the test")
     against.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    costing.add_arguments(
+        commands.add_parser("cost", help="say what a layer costs here and on many devices")
+    )
     given = parser.parse_args(argv)
-    command = {"report": _report, "watch": _watch, "compare": _compare}[given.command]
+    commanded = {"report": _report, "watch": _watch, "compare": _compare, "cost": _cost}
+    command = commanded[given.command]
     try:
         command(given, sleep)
     except FileNotFoundError as error:
@@ -63,6 +70,10 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _cost(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
+    costing.run(given)
 
 
 def _report(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:

@@ -17,7 +17,8 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
     {"arguments"},
-    {"control", "hooks", "routing", "token_ids"},
+    {"control", "cost_model", "hooks", "routing", "token_ids"},
+    {"calibration", "costing"},
     {"losses", "dispatch"},
     {"routers", "experts"},
     {"auxiliary", "oracle"},
@@ -64,6 +65,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {
     "arguments": set(),
     "control": set(),
+    "cost_model": set(),
     "ecology": {"torch", "rich", "plotly", "scipy"},
     "integrations": {"torch", "transformers", "timm"},
 }

@@ -1,0 +1,257 @@
+"""The command ``ecomoe cost``: the cost model's tables for a user's layer or model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ecomoe import cost_model as cost
+from ecomoe.cost_model import Cluster, LayerShape, Machine, Work
+
+ITEMSIZES = {"fp32": 4, "bf16": 2}
+EXPERTS = (64, 512, 4096)
+DEVICES = (8, 64, 1024)
+
+# The names that configurations of transformers give to a size.
+CONFIG_KEYS = {
+    "d_model": ("hidden_size", "n_embd", "d_model", "dim"),
+    "d_hidden": ("moe_intermediate_size", "intermediate_size", "n_inner", "d_ff"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "top_k": ("num_experts_per_tok", "moe_top_k"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--config", type=Path, help="config.json of a model, for the sizes")
+    parser.add_argument("--d-model", type=int, help="features of a token")
+    parser.add_argument("--d-hidden", type=int, help="hidden features of an expert")
+    parser.add_argument("--experts", type=int, help="experts, 16 by default")
+    parser.add_argument("--top-k", type=int, help="experts a token, 2 by default")
+    parser.add_argument("--layers", type=int, help="such layers in the model, 1 by default")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step, on a device")
+    parser.add_argument("--gated", action="store_true", help="gated experts")
+    parser.add_argument("--dtype", choices=list(ITEMSIZES), default="bf16")
+    parser.add_argument("--router", choices=["mlp", "linear"], default="mlp")
+    here = parser.add_argument_group("this machine (measured if not given)")
+    here.add_argument("--gflops", type=float, help="GFLOP/s of its matrix products")
+    here.add_argument("--gbytes", type=float, help="GB/s of its memory")
+    spread = parser.add_argument_group("many devices (an H100's data sheet by default)")
+    spread.add_argument("--spread", type=int, nargs="+", default=EXPERTS, metavar="EXPERTS")
+    spread.add_argument("--devices", type=int, nargs="+", default=DEVICES)
+    spread.add_argument("--device-tflops", type=float, help="TFLOP/s that a device reaches")
+    spread.add_argument("--device-gbytes", type=float, help="GB/s of its memory")
+    spread.add_argument("--inside", type=float, help="GB/s a device sends within its node")
+    spread.add_argument("--outside", type=float, help="GB/s a device sends to other nodes")
+    spread.add_argument("--node", type=int, help="devices of a node")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print what the options ask for.
+
+    Raises:
+        ValueError: A size is missing or breaks its rule.
+    """
+    layer, layers = read_layer(given)
+    machine = read_machine(given)
+    found = costs(
+        layer,
+        layers=layers,
+        tokens=given.tokens,
+        machine=machine,
+        cluster=read_cluster(given),
+        experts=given.spread,
+        devices=given.devices,
+    )
+    print(json.dumps(found) if given.json else "\n".join(lines(found)))
+
+
+def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
+    """Return the layer that the options or the configuration file describe, and how many."""
+    sizes = {name: getattr(given, name) for name in CONFIG_KEYS}
+    if given.config is not None:
+        config = json.loads(given.config.read_text())
+        for name, keys in CONFIG_KEYS.items():
+            known = [config[key] for key in keys if config.get(key) is not None]
+            if sizes[name] is None and known:
+                sizes[name] = known[0]
+        if sizes["d_hidden"] is None and sizes["d_model"] is not None:
+            sizes["d_hidden"] = 4 * sizes["d_model"]  # what transformers does for GPT-2
+    for name in ("d_model", "d_hidden"):
+        if sizes[name] is None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is missing; give it, or a --config that names it")
+    layer = LayerShape(
+        sizes["d_model"],
+        sizes["d_hidden"],
+        num_experts=16 if sizes["experts"] is None else sizes["experts"],
+        top_k=2 if sizes["top_k"] is None else sizes["top_k"],
+        gated=given.gated,
+        itemsize=ITEMSIZES[given.dtype],
+        router_hidden=128 if given.router == "mlp" else 0,
+    )
+    return layer, 1 if sizes["layers"] is None else sizes["layers"]
+
+
+def read_machine(given: argparse.Namespace) -> Machine:
+    """Return the constants given for this machine, and measure those that are not."""
+    if given.gflops is None or given.gbytes is None:
+        import torch
+
+        from ecomoe.calibration import measure_machine
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
+        measured = measure_machine(dtype=dtype)
+    rate = measured.flops_per_second if given.gflops is None else given.gflops * 1e9
+    bandwidth = measured.bytes_per_second if given.gbytes is None else given.gbytes * 1e9
+    return Machine(rate, bandwidth)
+
+
+def read_cluster(given: argparse.Namespace) -> Cluster:
+    """Return the H100 cluster with what the options change in it."""
+    changed: dict[str, Any] = {}
+    default = cost.H100.machine
+    if given.device_tflops is not None or given.device_gbytes is not None:
+        tflops, gbytes = given.device_tflops, given.device_gbytes
+        changed["machine"] = Machine(
+            default.flops_per_second if tflops is None else tflops * 1e12,
+            default.bytes_per_second if gbytes is None else gbytes * 1e9,
+        )
+    for name in ("inside", "outside"):
+        if getattr(given, name) is not None:
+            changed[name] = getattr(given, name) * 1e9
+    if given.node is not None:
+        changed["node"] = given.node
+    if changed:
+        changed["name"] = f"as given, else {cost.H100.name}"
+    return replace(cost.H100, **changed)
+
+
+def costs(
+    layer: LayerShape,
+    *,
+    layers: int,
+    tokens: int,
+    machine: Machine,
+    cluster: Cluster,
+    experts: Sequence[int],
+    devices: Sequence[int],
+) -> dict[str, Any]:
+    """Return the numbers of both tables; those of many devices are of all layers together."""
+    works = {
+        "router and losses": cost.router_work(layer, tokens=tokens),
+        "dispatch and combine": cost.dispatch_work(layer, tokens=tokens),
+        "experts": cost.experts_work(layer, tokens=tokens),
+        "whole layer": cost.layer_work(layer, tokens=tokens),
+        "dense block": cost.dense_work(layer, tokens=tokens),
+    }
+    parameters = layer.num_experts * layer.expert_parameters + layer.router_parameters
+    return {
+        "layer": asdict(layer),
+        "layers": layers,
+        "tokens": tokens,
+        "machine": asdict(machine),
+        "parameters": parameters,
+        "dense_parameters": layer.dense.expert_parameters,
+        "training_bytes": cost.training_bytes(parameters, itemsize=layer.itemsize),
+        "optimizer_bytes": cost.optimizer_bytes(parameters, itemsize=layer.itemsize),
+        "work": {name: _described(work, machine) for name, work in works.items()},
+        "over_dense": {
+            "forward": cost.over_dense(layer, tokens=tokens, machine=machine, training=False),
+            "training": cost.over_dense(layer, tokens=tokens, machine=machine),
+        },
+        "cluster": cluster.name,
+        "device_memory": cluster.memory,
+        "spread": list(_spread(layer, layers, tokens, cluster, experts, devices)),
+    }
+
+
+def _described(work: Work, machine: Machine) -> dict[str, float]:
+    return {"flops": work.flops, "bytes": work.bytes, "seconds": work.seconds(machine)}
+
+
+def _spread(
+    layer: LayerShape,
+    layers: int,
+    tokens: int,
+    cluster: Cluster,
+    experts: Sequence[int],
+    devices: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    for num_experts in experts:
+        wide = replace(layer, num_experts=num_experts)
+        for count in devices:
+            found = asdict(cost.on_devices(wide, tokens=tokens, devices=count, cluster=cluster))
+            for name in ("parameters", "memory", "sent", "reduced"):
+                found[name] *= layers
+            for name in ("compute", "optimizer", "communication"):
+                found[name] *= layers
+            yield {"experts": num_experts, **found}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return the tables as text."""
+    layer, machine = found["layer"], found["machine"]
+    out = [
+        f"{found['layers']} x layer of {layer['num_experts']} experts, top-{layer['top_k']}, "
+        f"{layer['d_model']} -> {layer['d_hidden']} -> {layer['d_model']}"
+        f"{', gated' if layer['gated'] else ''}; {found['tokens']:,} tokens a step",
+        f"weights of a layer {_count(found['parameters'])}, of the dense block of equal active "
+        f"FLOPs {_count(found['dense_parameters'])}",
+        f"weights, gradients and AdamW's state {_size(found['training_bytes'])} a layer; AdamW "
+        f"moves {_size(found['optimizer_bytes'])} a step",
+        "",
+        f"{'forward and backward, one layer':<32}{'FLOPs':>10}{'moved':>12}{'time':>12}",
+    ]
+    for name, work in found["work"].items():
+        out.append(
+            f"{name:<32}{_count(work['flops']):>10}{_size(work['bytes']):>12}"
+            f"{_time(work['seconds']):>12}"
+        )
+    out += [
+        f"over the dense block: {found['over_dense']['training']:.2f} in training, "
+        f"{found['over_dense']['forward']:.2f} in a forward pass, at "
+        f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s and "
+        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s",
+        "",
+        f"all layers, {found['tokens']:,} tokens a device, {found['cluster']}",
+        f"{'experts':>8}{'devices':>9}{'weights':>10}{'memory':>12}{'sent':>12}{'compute':>11}"
+        f"{'optimizer':>11}{'sending':>11}{'over dense':>12}",
+    ]
+    for row in found["spread"]:
+        full = " !" if row["memory"] > found["device_memory"] else ""
+        out.append(
+            f"{row['experts']:>8,}{row['devices']:>9,}{_count(row['parameters']):>10}"
+            f"{_size(row['memory']):>12}{_size(row['sent'] + row['reduced']):>12}"
+            f"{_time(row['compute']):>11}{_time(row['optimizer']):>11}"
+            f"{_time(row['communication']):>11}{row['over_dense']:>12.2f}{full}"
+        )
+    out.append("memory, sent and times are of one device in one step; ! is more than it has")
+    return out
+
+
+def _count(value: float) -> str:
+    return _with_unit(value, ("", "k", "M", "G", "T", "P"))
+
+
+def _size(value: float) -> str:
+    return _with_unit(value, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def _time(seconds: float) -> str:
+    return _with_unit(seconds * 1e9, ("ns", "us", "ms", "s"))
+
+
+def _with_unit(value: float, units: Sequence[str]) -> str:
+    """Return three digits and the unit, each a thousand times the one before."""
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    digits = f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+    return f"{digits} {units[power]}".strip()

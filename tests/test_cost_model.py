@@ -1,0 +1,187 @@
+"""The cost model against values worked out by hand, and the command that prints it."""
+
+import json
+
+import pytest
+
+from ecomoe import cost_model as cost
+from ecomoe import costing
+from ecomoe.cli import main
+from ecomoe.cost_model import Cluster, LayerShape, Machine, Work
+
+# D=4, H=8, 2 experts, one a token: an expert has 2 * 4 * 8 = 64 weights.
+TINY = LayerShape(4, 8, num_experts=2, top_k=1, router_hidden=0)
+MACHINE = Machine(flops_per_second=1e9, bytes_per_second=1e9)
+CLUSTER = Cluster("made up", MACHINE, memory=1e9, node=2, inside=100.0, outside=10.0)
+
+
+def test_parameters():
+    assert TINY.expert_parameters == 64
+    assert LayerShape(4, 8, num_experts=2, gated=True).expert_parameters == 96
+    assert TINY.router_parameters == 8
+    assert LayerShape(4, 8, num_experts=2).router_parameters == 128 * 6
+    assert (TINY.dense.d_hidden, TINY.dense.num_experts) == (8, 1)
+
+
+def test_experts_work_by_hand():
+    # 10 slots x 64 weights, a multiply-add is two.
+    one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
+    forward = cost.experts_work(one, tokens=10, training=False)
+    assert forward.flops == 2 * 10 * 64
+    # rows 40, hidden before 80, activation 80 + 80, hidden again 80, rows out 40, weights 64.
+    assert forward.bytes == 4 * (40 + 80 + 160 + 80 + 40 + 64)
+    step = cost.experts_work(one, tokens=10)
+    assert step.flops == 3 * forward.flops
+    # gradient in twice 80, hidden in and out 160, activation 240, gradient twice 160, rows in and
+    # out 80, weights read and written 128.
+    assert step.bytes == forward.bytes + 4 * (80 + 160 + 240 + 160 + 80 + 128)
+
+
+def test_every_expert_gets_a_gradient_and_the_used_alone_are_read():
+    few = LayerShape(4, 8, num_experts=1000, top_k=1, router_hidden=0)
+    one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
+    forward = [cost.experts_work(layer, tokens=1, training=False).bytes for layer in (few, one)]
+    assert forward[0] == pytest.approx(forward[1])
+    step = [cost.experts_work(layer, tokens=1).bytes for layer in (few, one)]
+    assert step[0] - step[1] == pytest.approx(4 * 999 * 64)
+
+
+def test_experts_in_use():
+    # Both of 2 experts are missed by neither of 2 tokens with probability 1/4 each.
+    assert cost.experts_in_use(TINY, tokens=2) == pytest.approx(1.5)
+    assert cost.experts_in_use(TINY, tokens=10_000) == pytest.approx(2.0)
+
+
+def test_equal_flops_beside_the_dense_block():
+    layer = LayerShape(512, 1024, num_experts=16, top_k=2)
+    sparse = cost.experts_work(layer, tokens=4096)
+    dense = cost.dense_work(layer, tokens=4096)
+    assert sparse.flops == dense.flops == 3 * 2 * 4096 * 2 * 2 * 512 * 1024
+    assert sparse.bytes > dense.bytes
+
+
+def test_one_expert_costs_what_a_dense_block_costs_but_for_router_and_dispatch():
+    layer = LayerShape(64, 256, num_experts=1, top_k=1, router_hidden=0)
+    assert cost.experts_work(layer, tokens=100) == cost.dense_work(layer, tokens=100)
+    assert cost.over_dense(layer, tokens=100, machine=MACHINE) > 1.0
+
+
+def test_limits_of_the_ratio():
+    layer = LayerShape(512, 1024, num_experts=16, top_k=2)
+    sparse, dense = cost.layer_work(layer, tokens=256), cost.dense_work(layer, tokens=256)
+    fast_memory, fast_products = Machine(1e9, 1e30), Machine(1e30, 1e9)
+    ratio = cost.over_dense(layer, tokens=256, machine=fast_memory)
+    assert ratio == pytest.approx(sparse.flops / dense.flops)
+    ratio = cost.over_dense(layer, tokens=256, machine=fast_products)
+    assert ratio == pytest.approx(sparse.bytes / dense.bytes)
+
+
+def test_work_adds_and_takes_time():
+    assert Work(1.0, 2.0) + Work(3.0, 4.0) == Work(4.0, 6.0)
+    assert Work(2e9, 1e9).seconds(MACHINE) == pytest.approx(3.0)
+
+
+def test_optimizer():
+    # fp32: reads weight, gradient, two averages; writes weight, averages.
+    assert cost.optimizer_bytes(10, itemsize=4) == 10 * (4 * 4 + 3 * 4)
+    # bf16: weight and gradient are 2 bytes, and a wide copy is read and written.
+    assert cost.optimizer_bytes(10, itemsize=2) == 10 * (2 + 2 + 8 + 2 + 8 + 8)
+    assert cost.training_bytes(10, itemsize=4) == 10 * 16
+
+
+def test_all_to_all_volume_by_hand():
+    # 2 devices, 10 tokens, one expert a token, 4 features of 4 bytes: 160 bytes a pass, half of
+    # them for the other device, four passes.
+    found = cost.on_devices(TINY, tokens=10, devices=2, cluster=CLUSTER)
+    assert found.sent == 4 * 160 / 2
+    assert found.reduced == 0
+    assert found.experts_per_device == 1
+    assert found.communication == pytest.approx(320 / 100.0)
+    assert found.memory == (64 + 8) * 16
+
+
+def test_two_holders_of_an_expert_average_its_gradient():
+    found = cost.on_devices(TINY, tokens=10, devices=4, cluster=CLUSTER)
+    # Its other holder stands two devices apart, in the other node of two.
+    assert found.reduced == 2 * 64 * 4 / 2
+    assert found.communication == pytest.approx(320 / 100.0 + 256 / 10.0)
+
+
+def test_other_nodes_decide_where_they_are_slower():
+    layer = LayerShape(4, 8, num_experts=4, top_k=1, router_hidden=0)
+    found = cost.on_devices(layer, tokens=10, devices=4, cluster=CLUSTER)
+    # 3/4 of 640 bytes to three others, two of them outside.
+    assert found.sent == 480
+    assert found.communication == pytest.approx(320 / 10.0)
+
+
+def test_one_device_sends_nothing():
+    found = cost.on_devices(TINY, tokens=10, devices=1, cluster=CLUSTER)
+    assert (found.sent, found.reduced, found.communication) == (0, 0, 0)
+    assert found.seconds == found.compute + found.optimizer
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Machine(0.0, 1.0), "flops_per_second=0.0 must be positive"),
+        (lambda: LayerShape(4, 8, num_experts=0), "num_experts=0 must be an int >= 1"),
+        (lambda: LayerShape(4, 8, num_experts=2, top_k=3), "top_k=3 must be <= num_experts=2"),
+        (lambda: cost.on_devices(TINY, tokens=10, devices=3), "devices=3 must divide"),
+        (lambda: cost.on_devices(TINY, tokens=0, devices=2), "tokens=0 must be an int >= 1"),
+    ],
+)
+def test_errors_say_what_to_change(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+GIVEN = ["--gflops", "180", "--gbytes", "10"]
+
+
+def test_command_prints_the_model(capsys):
+    sizes = ["--d-model", "512", "--d-hidden", "1024", "--dtype", "fp32"]
+    assert main(["cost", *sizes, *GIVEN, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layer = LayerShape(512, 1024, num_experts=16)
+    machine = Machine(180e9, 10e9)
+    assert found["over_dense"]["training"] == cost.over_dense(layer, tokens=4096, machine=machine)
+    rows = [(row["experts"], row["devices"]) for row in found["spread"]]
+    assert rows == [(e, p) for e in (64, 512, 4096) for p in (8, 64, 1024)]
+
+
+def test_command_reads_a_configuration(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"n_embd": 768, "n_layer": 12, "n_inner": None}))
+    assert main(["cost", "--config", str(config), "--experts", "8", *GIVEN, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layers"], found["layer"]["d_hidden"]) == (12, 3072)
+    one = cost.on_devices(LayerShape(768, 3072, num_experts=64, itemsize=2), tokens=4096, devices=8)
+    assert found["spread"][0]["sent"] == 12 * one.sent
+
+
+def test_command_prints_text(capsys):
+    sizes = ["--d-model", "64", "--d-hidden", "64", "--spread", "64", "--devices", "8"]
+    assert main(["cost", *sizes, *GIVEN, "--device-tflops", "100", "--outside", "25"]) == 0
+    text = capsys.readouterr().out
+    assert "over the dense block: " in text
+    assert "as given, else H100" in text
+
+
+def test_command_says_what_is_missing(capsys):
+    assert main(["cost", "--d-model", "64", *GIVEN]) == 1
+    assert "--d-hidden is missing" in capsys.readouterr().err
+
+
+def test_machine_is_measured_where_it_is_not_given():
+    costing_machine = costing.read_machine(_options("--dtype", "fp32", "--gbytes", "7"))
+    assert costing_machine.bytes_per_second == 7e9
+    assert 1e8 < costing_machine.flops_per_second < 1e15
+
+
+def _options(*arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    costing.add_arguments(parser)
+    return parser.parse_args(arguments)
