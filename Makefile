@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types wheel
+.PHONY: bench demo test test-slow lint types wheel
 
 # The stamp is written last: an interrupted installation is taken up again.
 .venv/installed: pyproject.toml
@@ -30,3 +30,9 @@ types: .venv/installed
 wheel: .venv/installed
 	rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
+
+# Minutes on an idle machine; what is measured already is kept (`--again` measures it anew).
+bench: .venv/installed
+	KINETO_LOG_LEVEL=99 $(BIN)/python -m tests.benchmarks.layer --quick
+	$(BIN)/python -m tests.benchmarks.models --quick
+	$(BIN)/python -m tests.benchmarks.page

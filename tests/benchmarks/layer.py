@@ -1,0 +1,180 @@
+"""Time the layer beside its peers: ``python -m tests.benchmarks.layer``.
+
+Every shape is measured in one process, all contenders in turn on the same fresh batch, medians and
+quartiles of paired ratios. Results are kept shape by shape in a JSON file; a run that was cut off
+goes on where it stopped. `tests.benchmarks.page` makes the page of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecomoe.calibration import measure_machine
+from tests.benchmarks.contenders import DTYPES, Beforehand, Forced, builders
+from tests.benchmarks.results import RESULTS, Results
+from tests.benchmarks.shapes import Shape, grid, quick
+from tests.benchmarks.timing import Contender, paired, quartiles, race
+
+KINDS = ("forward", "both")
+
+
+def measure(
+    shape: Shape,
+    *,
+    device: torch.device,
+    seconds: float,
+    fewest: int,
+    most: int,
+    compiled: bool,
+    only: list[str] | None,
+) -> dict[str, Any]:
+    """Measure one shape; return its record."""
+    torch.manual_seed(0)
+    forced, generator = Forced(), torch.Generator().manual_seed(0)
+    dtype = DTYPES[shape.dtype]
+    contenders, left_out = [], {}
+    for name, build in builders(shape, forced, compiled=compiled).items():
+        if only is not None and name not in ("dense", "ecomoe", *only):
+            continue
+        try:
+            module = build if isinstance(build, str) else build().to(device, dtype)
+        except ImportError as error:
+            module = f"not installed ({error})"
+        if isinstance(module, str):
+            left_out[name] = module
+        else:
+            contenders.append(Contender(name, module))
+    dense, ours = contenders[:2]
+
+    def draw() -> tuple[Tensor, Tensor]:
+        forced.draw(shape, generator, device)
+        x_ND, grad_ND = torch.randn(2, shape.tokens, shape.d_model, generator=generator)
+        return x_ND.to(device, dtype), grad_ND.to(device, dtype)
+
+    x_ND, grad_ND = draw()
+    memory = {
+        each.name: (each.peak_bytes(x_ND, grad_ND), each.saved_bytes(x_ND)) for each in contenders
+    }
+    # The same layer with its routing decided beforehand, to tell the router's and losses' share.
+    contenders.insert(2, Contender("routed", ours.module, around=decided_beforehand(ours.module)))
+    race(contenders, KINDS, draw, seconds=seconds, fewest=fewest, most=most)
+    record: dict[str, Any] = {"shape": vars(shape), "left_out": left_out, "contenders": {}}
+    for each in contenders:
+        found: dict[str, Any] = {}
+        for kind in KINDS:
+            found[kind] = {
+                "rounds": len(each.seconds[kind]),
+                "seconds": quartiles(list(each.seconds[kind].values())),
+                "over_dense": paired(each, dense, kind),
+                "over_ecomoe": paired(each, ours, kind),
+            }
+        if each.name in memory:
+            found["peak_bytes"], found["saved_bytes"] = memory[each.name]
+        record["contenders"][each.name] = found
+    return record
+
+
+def decided_beforehand(layer: nn.Module) -> Any:
+    """Return a context that puts a decided routing in the router's place, without losses."""
+    beforehand = Beforehand(layer.router)
+
+    @contextmanager
+    def around(x_ND: Tensor) -> Iterator[None]:
+        router, strength = layer.router, layer.strength
+        beforehand.decide(x_ND, layer.temperature)
+        layer.router, layer.strength = beforehand, 0.0
+        try:
+            yield
+        finally:
+            layer.router, layer.strength = router, strength
+
+    return around
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is asked for and not measured yet."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.layer", description=__doc__.split("\n")[0]
+    )
+    add_options(parser)
+    parser.add_argument("--compiled", action="store_true", help="compiled forms too (slow)")
+    parser.add_argument("--only", nargs="+", help="peers to measure, e.g. grouped_mm")
+    parser.add_argument("--per-shape", type=float, default=10.0, help="seconds a shape")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of a shape at least")
+    parser.add_argument("--most", type=int, default=100, help="rounds of a shape at most")
+    given = parser.parse_args(arguments)
+    run(given)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which shapes to measure, where, and for how long."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="the shapes the aims are stated for")
+    which.add_argument("--full", action="store_true", help="the whole grid: hours")
+    parser.add_argument("--shape", action="append", help="part of a shape's name; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the shapes' names, and end")
+    parser.add_argument("--again", action="store_true", help="measure what is measured already")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="JSON of the results")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure the shapes that the options ask for."""
+    shapes = grid() if given.full or given.shape else quick()
+    if given.shape:
+        shapes = [each for each in shapes if any(part in each.name for part in given.shape)]
+    if given.list:
+        print("\n".join(each.name for each in shapes))
+        return
+    torch.set_num_threads(given.threads)
+    results = Results(given.out or RESULTS / f"{given.device}.json", device=given.device)
+    for dtype in DTYPES:
+        if dtype not in results.content.get("constants", {}) or given.again:
+            machine = measure_machine(dtype=DTYPES[dtype], device=given.device)
+            constants = [machine.flops_per_second, machine.bytes_per_second]
+            results.add("constants", dtype, constants)
+    began = time.perf_counter()
+    for shape in shapes:
+        if shape.name in results.layers and not given.again:
+            continue
+        if time.perf_counter() - began > given.stop_after:
+            print("time is over: run the same command again to go on")
+            return
+        record = measure(
+            shape,
+            device=torch.device(given.device),
+            seconds=given.per_shape,
+            fewest=given.rounds,
+            most=given.most,
+            compiled=given.compiled,
+            only=given.only,
+        )
+        results.add_layer(shape.name, record)
+        print(line(shape, record), flush=True)
+        gc.collect()
+    print(f"wrote {results.path}")
+
+
+def line(shape: Shape, record: dict[str, Any]) -> str:
+    """Say a shape's results in one line: times over dense, forward and backward."""
+    parts = []
+    for name, found in record["contenders"].items():
+        low, median, high = found["both"]["over_dense"]
+        parts.append(f"{name} {median:.2f} [{low:.2f}, {high:.2f}]")
+    return f"{shape.name}: " + ", ".join(parts[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Write ``docs/benchmarks.md`` from the results: ``python -m tests.benchmarks.page``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ecomoe.cost_model import Machine
+from tests.benchmarks.aims import (
+    OURS,
+    Records,
+    best_peer,
+    described,
+    over_dense,
+    predicted,
+    router_share,
+    verdicts,
+)
+from tests.benchmarks.plots import curves, ratios
+from tests.benchmarks.results import RESULTS
+from tests.benchmarks.shapes import Shape
+
+DOCS = Path(__file__).parents[2] / "docs"
+COMMAND = "make bench"
+BY_HAND = "## Monitor"  # what follows this heading is not written here, and kept
+
+
+def page(results: dict[str, Any], races: dict[str, Any]) -> str:
+    """Return the page as Markdown."""
+    machine, records = results["machine"], results["layers"]
+    machines = {name: Machine(*constants) for name, constants in results["constants"].items()}
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m tests.benchmarks.page` from `tests/benchmarks/results/`, but for "
+        "the part on the monitor.",
+        _setting(machine, results["constants"]),
+        "## The aims",
+        "Times are forward + backward of the whole layer, router and losses included, over the "
+        "dense FFN of equal active FLOPs unless a line says otherwise. Peers are blocks without "
+        "auxiliary losses.",
+        _table(
+            ("aim", "measured", "", "why missed"),
+            (
+                (
+                    each.aim,
+                    each.measured,
+                    {True: "met", False: "**missed**"}[bool(each.met)],
+                    each.reason,
+                )
+                for each in verdicts(records, machines)
+            ),
+        ),
+        "## Every shape",
+        "Medians of paired ratios, their quartiles in brackets. *Peer* is the fastest of "
+        "transformers' Mixtral block with `grouped_mm`, `eager` and `batched_mm`, which drop no "
+        "token; plain shapes hold plain experts in the same block. *ours / peer* below 1 means "
+        "that this package is faster. *Model* is what the cost model predicts of forward + "
+        "backward over dense. *Saved* is kept for backward, *peak* is what forward and backward "
+        "allocate at most, gradients included; both over the dense twin's. *Router* is the share "
+        "of router and losses in forward + backward.",
+        _layers(records, machines),
+        "![Time over the dense FFN](benchmarks.svg)",
+        _left_out(records),
+        "## The cost model",
+        _cost_model(records, machines),
+    ]
+    if results.get("models"):
+        parts += ["## Whole training steps", _models(results["models"])]
+    if races:
+        parts += ["## The race", *_races(races)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(machine: dict[str, Any], constants: dict[str, list[float]]) -> str:
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("python", "torch", "transformers", "st-moe-pytorch")
+        if machine.get(name)
+    )
+    reached = "; ".join(
+        f"{dtype} {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.1f} GB/s"
+        for dtype, (flops, moved) in constants.items()
+    )
+    return (
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; "
+        f"{machine.get('gpu', 'no GPU')}. {versions}. {machine['date']}. It reaches {reached} (a "
+        f"large product; a copy into fresh memory).\n\nCommand: `{COMMAND}`; `python -m "
+        "tests.benchmarks.layer --full` for the whole grid, `--compiled` for compiled forms, "
+        "`python -m tests.benchmarks.gpu` on a GPU. Each round draws a new batch and a new "
+        "routing, which all contenders get in turn, the first in turn too: row counts are new in "
+        "every step, as in training. Gradients are None before each step."
+    )
+
+
+def _layers(records: Records, machines: dict[str, Machine]) -> str:
+    rows = []
+    for record in records.values():
+        shape = Shape(**record["shape"])
+        ours, dense = record["contenders"][OURS], record["contenders"]["dense"]
+        cells = [described(shape), _ms(dense["both"]["seconds"][1])]
+        for kind in ("forward", "both"):
+            cells.append(_spread(ours[kind]["over_dense"]))
+        for kind in ("forward", "both"):
+            best = best_peer(record, kind)
+            cells.append("-" if best is None else f"{best[1]:.2f} ({best[0]})")
+        st_moe = record["contenders"].get("st_moe")
+        cells += [
+            "-" if st_moe is None else f"{st_moe['both']['over_dense'][1]:.2f}",
+            f"{predicted(shape, machines[shape.dtype]):.2f}",
+            f"{ours['saved_bytes'] / dense['saved_bytes']:.2f}",
+            f"{ours['peak_bytes'] / dense['peak_bytes']:.2f}",
+            f"{router_share(record):.1%}",
+            str(ours["both"]["rounds"]),
+        ]
+        rows.append(cells)
+    heads = (
+        "shape", "dense", "forward / dense", "both / dense", "forward: ours / peer",
+        "both: ours / peer", "st-moe / dense", "model", "saved", "peak", "router", "rounds",
+    )  # fmt: skip
+    return _table(heads, rows)
+
+
+def _left_out(records: Records) -> str:
+    reasons: dict[tuple[str, str], int] = {}
+    for record in records.values():
+        for name, reason in record["left_out"].items():
+            reasons[name, reason] = reasons.get((name, reason), 0) + 1
+    lines = [
+        f"- `{name}` at {count} of {len(records)} shapes: {reason}"
+        for (name, reason), count in sorted(reasons.items())
+    ]
+    if not lines:
+        return ""
+    note = (
+        "st-moe-pytorch drops the tokens over an expert's capacity and so does less work. "
+        "Contenders over 12 times slower than dense are timed in three rounds alone.\n\nLeft out:"
+    )
+    return "\n".join([note, "", *lines])
+
+
+def _cost_model(records: Records, machines: dict[str, Machine]) -> str:
+    within, rows = 0, []
+    for record in records.values():
+        shape = Shape(**record["shape"])
+        if shape.load != "balanced":
+            continue  # the model spreads tokens evenly
+        measured = over_dense(record)
+        off = predicted(shape, machines[shape.dtype]) / measured - 1.0
+        within += abs(off) <= 0.25
+        rows.append((abs(off), f"{described(shape)}: {off:+.0%}"))
+    outside = [text for off, text in sorted(rows, reverse=True) if off > 0.25]
+    text = (
+        "`ecomoe cost` (`ecomoe/cost_model.py`) predicts time as FLOPs over the rate plus bytes "
+        "over the bandwidth above, two constants a dtype. Over the dense FFN, forward + backward, "
+        f"it is within 25 % of what is measured at {within} of {len(rows)} shapes."
+    )
+    if outside:
+        text += " It is farther off here, where each product's own overhead decides: "
+        text += "; ".join(outside) + "."
+    return text
+
+
+def _models(models: dict[str, Any]) -> str:
+    rows = []
+    for record in models.values():
+        ours, dense = record[OURS], record["dense"]
+        rows.append(
+            [
+                f"{record['model']} shaped, {record['layers']} layers, {record['dtype']}",
+                f"{dense['parameters'] / 1e6:.0f} M / {ours['parameters'] / 1e6:.0f} M",
+                _ms(dense["seconds"]["step"][1]),
+                *(
+                    _spread(ours["over_dense"][part])
+                    for part in ("step", "forward", "backward", "optimizer")
+                ),
+                str(record["rounds"]),
+            ]
+        )
+    heads = (
+        "model", "weights: dense / converted", "dense step", "step", "forward", "backward",
+        "optimizer", "rounds",
+    )  # fmt: skip
+    return (
+        "A converted model over its dense twin: every FFN is 16 experts of half its width, top-2; "
+        "fused AdamW; bf16 is autocast over fp32 weights. The optimizer steps through every "
+        "expert's weights, whatever the tokens did.\n\n" + _table(heads, rows)
+    )
+
+
+def _races(races: dict[str, Any]) -> Iterable[str]:
+    yield (
+        "`python -m examples.race`: a model and its dense twin of equal active FLOPs, the same "
+        "seeds and batches, their steps in turn in one process. *Reaches* is when the EcoMoE "
+        "model's validation loss is first at the dense twin's last, in its own seconds of "
+        "training, over the seconds that the twin took to its end; below 1 means that the race is "
+        "won."
+    )
+    rows = []
+    for race in races.values():
+        for run in race["runs"].values():
+            result = run["result"]
+            reached = result["reached"]
+            rows.append(
+                [
+                    race["title"],
+                    str(run["seed"]),
+                    f"{result['dense']['loss']:.4f} / {result['ecomoe']['loss']:.4f}",
+                    f"{result['dense']['seconds']:.0f} / {result['ecomoe']['seconds']:.0f}",
+                    f"{result['step_over_dense']:.2f}",
+                    "not reached" if reached is None else f"{reached:.2f}",
+                ]
+            )
+    heads = (
+        "race", "seed", "last loss: dense / EcoMoE", "seconds: dense / EcoMoE", "step / dense",
+        "reaches",
+    )  # fmt: skip
+    yield _table(heads, rows)
+    for name, race in races.items():
+        yield f"![Loss against seconds, {name}](race-{name}.svg)\n\n{race['setting']}"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    low, median, high = values
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms" if seconds < 0.01 else f"{seconds * 1e3:,.0f} ms"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page and its plots."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.page", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--races", type=Path, default=RESULTS, help="folder of race-*.json")
+    parser.add_argument("--out", type=Path, default=DOCS / "benchmarks.md")
+    given = parser.parse_args(arguments)
+    results = json.loads(given.results.read_text())
+    races = {}
+    for path in sorted(given.races.glob("race-*.json")):
+        race = json.loads(path.read_text())
+        race["runs"] = {key: run for key, run in race["runs"].items() if "result" in run}
+        if race["runs"]:
+            races[path.stem.removeprefix("race-")] = race
+    text = page(results, races)
+    if given.out.exists():
+        _, heading, by_hand = given.out.read_text().partition(BY_HAND)
+        text += "\n" + heading + by_hand if heading else ""
+    given.out.write_text(text)
+    given.out.with_suffix(".svg").write_text(ratios(results["layers"]))
+    for name, race in races.items():
+        (given.out.parent / f"race-{name}.svg").write_text(curves(race))
+    print(f"wrote {given.out}")
+
+
+if __name__ == "__main__":
+    main()
