@@ -23,6 +23,10 @@ Phase: TypeAlias = Literal["healthy", "sub-health", "collapse"]
 HEALTHY_E = 0.5
 COLLAPSE_E = 0.2
 
+# Share of uniform usage that a healthy E sustains: three times what the taxonomy calls DEAD among
+# 16 experts, so that a batch's sampling noise does not take a living expert below that.
+_FLOOR = 0.5
+
 # The setting behind the paper's E = 0.545 (Table 4), through which `from_target` splits T*H.
 _REFERENCE_TEMPERATURE = 3.0
 _REFERENCE_PRODUCT = 0.3
@@ -236,6 +240,21 @@ class Control:
     def phase(self) -> Phase:
         """The phase predicted from the nominal E."""
         return phase_of(self.e)
+
+    @property
+    def usage_floor(self) -> float:
+        """Share of uniform usage that the balance loss sustains: 0.5 in the healthy phase.
+
+        It falls in proportion through sub-health to 0 where collapse begins. That E decides who is
+        kept alive is a rule of this package, not a law that E obeys by itself: by the paper's
+        losses alone experts die at any E (docs/evidence.md).
+
+        Example:
+            >>> [round(Control.from_target(e).usage_floor, 2) for e in (0.1, 0.3, 0.545, 2.3)]
+            [0.0, 0.17, 0.5, 0.5]
+        """
+        share = (self.e - COLLAPSE_E) / (HEALTHY_E - COLLAPSE_E)
+        return _FLOOR * min(max(share, 0.0), 1.0)
 
     def effective_e(
         self,

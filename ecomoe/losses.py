@@ -72,13 +72,36 @@ def balance_loss(shares: Shares) -> Tensor:
     """
     importance_E, top1_E, topk_E = shares
     num_experts = importance_E.numel()
-    # The floor keeps the gradient finite where an importance has underflown to 0.
-    floor = torch.finfo(importance_E.dtype).tiny
-    kl: Tensor = (importance_E * (importance_E * num_experts).clamp_min(floor).log()).sum()
+    kl: Tensor = (importance_E * _log(importance_E * num_experts)).sum()
     through_E = importance_E - importance_E.detach()
     variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
     loss: Tensor = kl + variation / 2
     return loss
+
+
+def starvation_loss(shares: Shares, *, floor: float) -> Tensor:
+    """Return the mean of ``-log importance``, nats, over the experts that starve; 0 if none does.
+
+    Each counts by how far it is below the floor, from 0 at the floor to 1 for an expert without
+    tokens, on the basis on which it has fewer; where all together count for less than one expert,
+    the mean is still over one. What `balance_loss` does for a dying expert fades with its
+    importance (``p log p``); here its logits are raised however low they are, most on the tokens
+    that are nearest to choosing it. The pull on all experts together is at most 1: a single dead
+    expert gets all of it, while many that a fresh router overlooks are not torn away from learning.
+
+    Args:
+        shares: How the tokens are spread.
+        floor: Share of uniform usage below which an expert starves, in (0, 1].
+    """
+    importance_E, top1_E, topk_E = shares
+    usage_E = torch.minimum(top1_E, topk_E) * importance_E.numel()
+    want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
+    return -(want_E * _log(importance_E)).sum() / want_E.sum().clamp_min(1.0)
+
+
+def _log(share_E: Tensor) -> Tensor:
+    """Return the logarithm; finite, and without gradient, where a share has underflown in fp32."""
+    return share_E.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:

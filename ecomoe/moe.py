@@ -34,6 +34,9 @@ from ecomoe.routing import Routing
 # factor on the rank's auxiliary losses; see `ecomoe.distributed.reduce_losses`.
 ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
 
+# Measured (docs/evidence.md). It is no trade-off: where no expert starves, the loss is 0.
+STARVATION_WEIGHT = 0.02
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,7 +54,10 @@ class EcoMoE(nn.Module):
     an attached `ecomoe.Monitor`. Their sum is
 
     ``strength * (B * balance + H * entropy + O * oracle) + ortho_weight * ortho
-    + divergence_weight * divergence + z_weight * z``.
+    + divergence_weight * divergence + z_weight * z``,
+
+    and, while an expert gets less than ``usage_floor`` of uniform usage and there is a balance
+    loss, a small `ecomoe.losses.starvation_loss`, which brings it back.
 
     It is neither a router alone nor a whole block: residual, norm and DropPath stay outside.
 
@@ -67,8 +73,8 @@ class EcoMoE(nn.Module):
         ortho_weight: Weight of the prototypes' orthogonality loss.
         temperature: Fixes T; H then follows from ``target_e``.
         entropy_weight: Fixes H; T then follows from ``target_e``.
-        router: ``"mlp"`` (the paper's, D -> 128 -> E), ``"linear"``, ``"cosine"`` (to centroids in
-            a small space), ``"cosine_iso"`` (the same with a linear router's number of
+        router: ``"linear"`` (D -> E), ``"mlp"`` (the paper's, D -> 128 -> E), ``"cosine"`` (to
+            centroids in a small space), ``"cosine_iso"`` (the same with a linear router's number of
             parameters), ``"hash"`` (fixed by token id) or ``"random"`` (a frozen cosine router);
             see docs/routers.md.
         router_options: Arguments of that router's own: ``{"d_space": 64}`` of cosine and random.
@@ -92,6 +98,9 @@ class EcoMoE(nn.Module):
         device: As for `nn.Linear`.
         dtype: Dtype of the experts. The router is fp32 or wider whatever it is.
 
+    Attributes:
+        usage_floor: Follows from E (`Control.usage_floor`); set it to 0 to let experts die.
+
     Raises:
         ValueError: An argument breaks its rule; the message names value, rule and remedy.
     """
@@ -112,7 +121,7 @@ class EcoMoE(nn.Module):
         ortho_weight: float = 0.0,
         temperature: float | None = None,
         entropy_weight: float | None = None,
-        router: str = "mlp",
+        router: str = "linear",
         router_options: Mapping[str, Any] | None = None,
         activation: str | Activation = "gelu",
         gated: bool = False,
@@ -125,7 +134,7 @@ class EcoMoE(nn.Module):
         dense: nn.Module | None = None,
         divergence_weight: float = 0.0,
         z_weight: float = 0.0,
-        strength: float = 0.1,
+        strength: float = 0.01,
         warmup_fraction: float = 0.0,
         num_classes: int | None = None,
         device: torch.device | str | None = None,
@@ -192,6 +201,7 @@ class EcoMoE(nn.Module):
             entropy_weight=entropy_weight,
         )
         self.strength = strength
+        self.usage_floor = self.control.usage_floor
         self.output_dropout = output_dropout
         self.ortho_weight = ortho_weight
         self.divergence_weight = divergence_weight
@@ -356,6 +366,8 @@ class EcoMoE(nn.Module):
         terms = {}
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
+            if self.usage_floor > 0:
+                terms["starvation"] = losses.starvation_loss(shares, floor=self.usage_floor)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
         if control.oracle_weight > 0 and self.strength > 0:
@@ -385,6 +397,7 @@ class EcoMoE(nn.Module):
         """Return the factor of each auxiliary loss in the total, by name."""
         return {
             "balance": self.strength * self.control.balance_weight,
+            "starvation": STARVATION_WEIGHT,
             "entropy": self.strength * self.control.entropy_weight,
             "oracle": self.strength * self.control.oracle_weight,
             # Reaches the prototypes alone, and nothing else reaches them but ortho: 1 is a choice

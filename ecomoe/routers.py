@@ -233,6 +233,11 @@ class CosineRouter(Router):
             self.centroids.normal_(std=self.d_space**-0.5)
             self.log_scale.fill_(math.log(self.initial_scale))
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the centroids (E, P)."""
+        assert isinstance(self.centroids, nn.Parameter)
+        return [self.centroids]
+
     def positions(self, x_ND: Tensor) -> Tensor:
         """Return the tokens' places in the space, ``(N, P)``; only their directions count."""
         wide = torch.promote_types(x_ND.dtype, self.projection.dtype)
@@ -285,6 +290,9 @@ class RandomRouter(CosineRouter):
     "random-fixed". (A random assignment that ignores the token's content is what `HashRouter` is.)
     The tensors are buffers, so that no optimizer and no ``requires_grad_(True)`` finds them.
     """
+
+    # What stays as it was drawn is nobody's to give away.
+    expert_parameters = Router.expert_parameters
 
     def _declare(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor)

@@ -43,6 +43,7 @@ class Size:
 
     Attributes:
         images, tests: At most so many training and test images, averaged down to ``pixels``.
+        patch: Side of the ViT's patches, in pixels.
         layers, width, hidden, context: Transformers; ``hidden`` is an expert's.
         steps: Optimizer steps by task.
         batch: Samples a step by task.
@@ -52,6 +53,7 @@ class Size:
     images: int
     tests: int
     pixels: int
+    patch: int
     layers: int
     width: int
     hidden: int
@@ -64,20 +66,22 @@ class Size:
 SIZES = {
     "small": Size(
         images=12_000,
-        tests=4_000,
+        tests=1_500,
         pixels=16,
+        patch=4,
         layers=4,
         width=96,
         hidden=96,
         context=128,
-        steps={"heads": 800, "vit": 500, "text": 500, "upcycle": 300},
-        batch={"heads": 64, "vit": 64, "text": 16, "upcycle": 16},
-        test_tokens=24_000,
+        steps={"heads": 250, "vit": 150, "text": 150, "upcycle": 100},
+        batch={"heads": 64, "vit": 64, "text": 8, "upcycle": 8},
+        test_tokens=12_000,
     ),
     "smoke": Size(
         images=128,
         tests=64,
         pixels=8,
+        patch=2,
         layers=1,
         width=16,
         hidden=16,
@@ -158,7 +162,7 @@ def _heads(classes: int, colours: int) -> Callable[[Policy, int], nn.Module]:
 def _vit(size: Size, pixels: Tensor, classes: int) -> Callable[[Policy, int], nn.Module]:
     return lambda policy, seed: ViT(
         shape=tuple(pixels.shape[1:]),
-        patch=2,
+        patch=size.patch,
         classes=classes,
         layers=size.layers,
         width=size.width,
@@ -272,7 +276,7 @@ def run(
         total_steps=total,
         loss=loss,
         evaluate=lambda trained: evaluate(trained, tests, labels=task.labels),
-        evaluate_at=steps_at(range(10, 101, 10), total),
+        evaluate_at=steps_at((25, 50, 75, 100), total),
         before_step=policy.before_step,
         after_step=lambda share: policy.after_step(),
     )

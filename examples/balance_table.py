@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from examples.experiments.analysis import equivalence, spread
+from examples.experiments.analysis import paired_not_worse, spread
 from examples.experiments.measure import Record
 
 MARGIN = 0.01
@@ -38,7 +38,7 @@ def summary(history: list[Record]) -> Record:
     }
 
 
-TITLE = "Mean over seeds ± sd; DEAD is summed over layers, worst of ten evaluations"
+TITLE = "Mean over seeds ± sd; DEAD is summed over layers, worst of four evaluations"
 # Heading, key in a run's summary, and form.
 FIGURES = (
     ("loss", "loss", "{:.4f}"),
@@ -97,15 +97,18 @@ def _mean(group: list[Record], key: str, form: str) -> str:
 
 
 def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
-    """Test a policy's loss against the best other one's, with a margin of 1 % of its value."""
-    others = {
-        other: [entry["loss"] for entry in group] for other, group in cells.items() if other != name
-    }
-    if not others:
+    """Test a policy's loss against the best other one's, seed by seed, within 1 % of its value."""
+    losses = {other: {run["seed"]: run["loss"] for run in group} for other, group in cells.items()}
+    own = losses.pop(name)
+    if not losses:
         return ""
-    best = min(others, key=lambda other: spread(others[other]).mean)
-    margin = MARGIN * spread(others[best]).mean
-    own = [entry["loss"] for entry in cells[name]]
-    p = equivalence(own, others[best], margin=margin, one_sided=True)
-    gap = (spread(own).mean / spread(others[best]).mean - 1) * 100
-    return f"{gap:+.1f} % vs {best}" + ("" if p is None else f", p={p:.2g}")
+    best = min(losses, key=lambda other: spread(list(losses[other].values())).mean)
+    seeds = [seed for seed in own if seed in losses[best]]
+    mine, theirs = ([of[seed] for seed in seeds] for of in (own, losses[best]))
+    level = spread(theirs).mean
+    found = paired_not_worse(mine, theirs, margin=MARGIN * level)
+    gap = f"{100 * (spread(mine).mean / level - 1):+.1f} % vs {best}"
+    if found is None:
+        return gap
+    p, upper = found
+    return f"{gap} (95 %: < {100 * upper / level:+.1f} %), p={p:.2g}"

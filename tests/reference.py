@@ -137,6 +137,7 @@ class LoopMoE:
         layer, control = self.layer, self.layer.control
         return {
             "balance": layer.strength * control.balance_weight,
+            "starvation": 0.02 if layer.strength * control.balance_weight > 0 else 0.0,
             "entropy": layer.strength * control.entropy_weight,
             "oracle": layer.strength * control.oracle_weight,
             "prototype": 1.0,
@@ -150,6 +151,8 @@ class LoopMoE:
         terms = {}
         if weights["balance"]:
             terms["balance"] = self.balance(logits, ids)
+        if weights["starvation"] and self.layer.usage_floor:
+            terms["starvation"] = self.starvation(logits, ids)
         if weights["entropy"]:
             terms["entropy"] = self.entropy(logits)
         if weights["oracle"]:
@@ -184,6 +187,19 @@ class LoopMoE:
             slope = 2 * num_experts * sum(f * p for f, p in zip(shares, importance, strict=True))
             loss = loss + (variation + slope - slope.detach()) / 2
         return loss
+
+    def starvation(self, logits, ids):
+        num_experts, loss, wants = self.layer.num_experts, torch.zeros(()), 0.0
+        slots = [e for chosen in ids for e in chosen]
+        firsts = [chosen[0] for chosen in ids]
+        for e in range(num_experts):
+            usage = num_experts * min(firsts.count(e) / len(firsts), slots.count(e) / len(slots))
+            want = max(0.0, 1 - usage / self.layer.usage_floor)
+            importance = mean(self.softmax(scores)[e] for scores in logits)
+            # As fp32 can tell it: the layer's router is that wide.
+            loss = loss - want * torch.log(importance.clamp_min(torch.finfo(torch.float32).tiny))
+            wants += want
+        return loss / max(wants, 1.0)
 
     def entropy(self, logits):
         def token_entropy(scores):

@@ -125,7 +125,8 @@ class TestTermMeans:
             expected += [moe.auxiliary.terms["z"].item() for moe in model.moes]
             means.add()
         computed = means.compute()
-        names = {"balance", "entropy", "oracle", "prototype", "ortho", "divergence", "z", "total"}
+        names = {"balance", "starvation", "entropy", "oracle", "prototype", "ortho", "divergence"}
+        names |= {"z", "total"}
         assert computed.keys() == names
         assert computed["z"] == pytest.approx(sum(expected) / 6)
         assert computed["total"] == pytest.approx(sum(totals) / 3)

@@ -11,7 +11,13 @@ from ecomoe import EcoMoE
 from ecomoe.ecology.sinks import read_records
 from examples.data import Images
 from examples.experiments.__main__ import main
-from examples.experiments.analysis import auc, bootstrap_auc, equivalence, spread
+from examples.experiments.analysis import (
+    auc,
+    bootstrap_auc,
+    equivalence,
+    paired_not_worse,
+    spread,
+)
 from examples.experiments.claims import CLAIMS
 from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
@@ -301,6 +307,19 @@ def test_spread_and_equivalence():
     assert equivalence([1.0], other, margin=0.1) is None
     # Far better is not equivalent, but it is not worse either.
     assert equivalence(one, [2.0, 2.1, 2.2], margin=0.1, one_sided=True) < 0.01
+
+
+def test_pairs_see_what_spread_between_seeds_hides():
+    one, other = [1.0, 2.0, 3.0], [1.01, 1.99, 3.0]
+    p, upper = paired_not_worse(one, other, margin=0.05)
+    assert p < 0.01
+    assert upper < 0.05
+    assert equivalence(one, other, margin=0.05, one_sided=True) > 0.4
+    # By hand: differences 0.2, 0.3, 0.4, so t = (0.3 - 0.05) / (0.1 / sqrt 3) = 4.33 at 2 degrees.
+    p, upper = paired_not_worse([1.2, 1.3, 1.4], [1.0, 1.0, 1.0], margin=0.05)
+    assert p == pytest.approx(0.9753, abs=1e-3)
+    assert upper == pytest.approx(0.3 + 2.920 * 0.1 / math.sqrt(3), abs=1e-3)
+    assert paired_not_worse([1.0], [2.0], margin=0.1) is None
 
 
 def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monkeypatch):

@@ -106,6 +106,78 @@ class TestBalance:
         assert torch.equal(share_E, torch.zeros(3))
 
 
+class TestStarvation:
+    def test_exactly_zero_while_nobody_is_below_the_floor(self):
+        # Usage of 3/8, 3/8, 1/4: the last one has 3/4 of the uniform third.
+        ids_NK = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]).unsqueeze(1)
+        logits_NE = fp64(8, 3)
+        shares = losses.routing_shares(logits_NE, ids_NK)
+        loss = losses.starvation_loss(shares, floor=0.5)
+        loss.backward()
+        assert loss == 0.0
+        assert not logits_NE.grad.any()
+
+    @pytest.mark.parametrize("basis", [1, 2])
+    def test_value_and_gradient_on_either_basis(self, basis):
+        importance_E = torch.softmax(fp64(4, grad=False), -1).requires_grad_()
+        even_E = torch.full((4,), 0.25, dtype=torch.float64)
+        # Usage 0.2 of uniform for the first, and none for the second.
+        starved_E = torch.tensor([0.05, 0.0, 0.45, 0.5], dtype=torch.float64)
+        shares = [importance_E, even_E, even_E]
+        shares[basis] = starved_E
+        loss = losses.starvation_loss(Shares(*shares), floor=0.5)
+        want_E = torch.tensor([0.6, 1.0, 0.0, 0.0], dtype=torch.float64)
+        torch.testing.assert_close(loss, -(want_E * importance_E.log()).sum() / 1.6)
+        (gradient,) = torch.autograd.grad(loss, importance_E)
+        torch.testing.assert_close(gradient, -want_E / 1.6 / importance_E.detach())
+
+    def test_vanishes_continuously_at_the_floor(self):
+        importance_E = torch.tensor([0.1, 0.9])
+        usage_E = torch.tensor([0.24, 0.76])
+        loss = losses.starvation_loss(Shares(importance_E, usage_E, usage_E), floor=0.5)
+        torch.testing.assert_close(loss, -0.04 * importance_E[0].log())
+
+    @pytest.mark.parametrize("below", [1.0, 10.0, 60.0])
+    def test_pull_on_a_dead_expert_does_not_fade_as_it_sinks(self, below):
+        logits_NE = fp64(32, 4, grad=False)
+        logits_NE[:, 0] -= 4 + below
+        logits_NE = logits_NE.requires_grad_()
+        shares = shares_of(logits_NE, 2)
+        (gradient,) = torch.autograd.grad(losses.starvation_loss(shares, floor=0.5), logits_NE)
+        assert -1.0 <= gradient[:, 0].sum() <= -0.9
+        # Most of it on the tokens that are nearest to choosing the expert.
+        margin_N = logits_NE[:, 0] - logits_NE[:, 1:].logsumexp(-1)
+        assert gradient[:, 0].argmin() == margin_N.argmax()
+
+    def test_finite_where_the_importance_underflows(self):
+        logits_NE = torch.tensor([[300.0, 0.0], [200.0, -100.0]], requires_grad=True)
+        shares = shares_of(logits_NE, 1)
+        loss = losses.balance_loss(shares) + losses.starvation_loss(shares, floor=0.5)
+        loss.backward()
+        assert loss.isfinite()
+        assert logits_NE.grad.isfinite().all()
+
+    def test_descent_revives_a_dead_expert(self):
+        x_ND = fp64(256, 8, grad=False)
+
+        def steps_to_revive(loss):
+            weight_ED, bias_E = fp64(4, 8, seed=1), torch.zeros(4, dtype=torch.float64)
+            bias_E[0] = -12.0
+            bias_E.requires_grad_()
+            optimizer = torch.optim.SGD([weight_ED, bias_E], lr=0.1)
+            for step in range(300):
+                shares = shares_of(x_ND @ weight_ED.T + bias_E, 1)
+                if shares.top1_E[0] > 0.05:
+                    return step
+                optimizer.zero_grad()
+                loss(shares).backward()
+                optimizer.step()
+            return 300
+
+        assert steps_to_revive(lambda shares: losses.starvation_loss(shares, floor=0.5)) < 100
+        assert steps_to_revive(losses.balance_loss) == 300
+
+
 class TestEntropy:
     @given(logits(largest=300), st.floats(0.01, 100.0))
     def test_within_its_bounds(self, logits_NE, temperature):
@@ -284,6 +356,7 @@ def test_every_loss_is_a_scalar_in_the_dtype_of_its_input(dtype):
     ids_NK = logits_NE.topk(2, -1).indices
     for loss in (
         losses.balance_loss(losses.routing_shares(logits_NE, ids_NK)),
+        losses.starvation_loss(losses.routing_shares(logits_NE, ids_NK), floor=1.0),
         losses.entropy_loss(logits_NE, temperature=torch.tensor(2.0)),
         losses.oracle_loss(logits_NE, torch.softmax(logits_NE, -1)),
         losses.z_loss(logits_NE),

@@ -133,3 +133,29 @@ def equivalence(
     above = float(stats.t.cdf((difference - margin) / error, freedom))
     below = float(stats.t.sf((difference + margin) / error, freedom))
     return above if one_sided else max(above, below)
+
+
+def paired_not_worse(
+    one: Sequence[float], other: Sequence[float], *, margin: float
+) -> tuple[float, float] | None:
+    """Test ``mean(one - other) < margin`` on pairs, lower being better.
+
+    Runs of one seed share data, its order and much of the initial state, so their difference varies
+    less than either.
+
+    Args:
+        one: Values of one condition.
+        other: Values of the other, of the same seeds in the same order.
+        margin: In the values' unit, > 0.
+
+    Returns:
+        The one-sided p-value and the upper end of the one-sided 95 % interval of the mean
+        difference; ``None`` with fewer than two pairs, or no spread at all.
+    """
+    gap = spread([a - b for a, b in zip(one, other, strict=True)])
+    error = gap.sd / math.sqrt(gap.count)
+    if gap.count < 2 or error == 0:
+        return None
+    freedom = gap.count - 1
+    p = float(stats.t.cdf((gap.mean - margin) / error, freedom))
+    return p, gap.mean + float(stats.t.ppf(0.95, freedom)) * error

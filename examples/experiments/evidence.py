@@ -166,7 +166,8 @@ def _benchmark(content: Record) -> str:
     lines = [
         "## Balance benchmark\n",
         f"{TITLE}. Loss is cross-entropy on test data, nats; it is tested for being worse than the "
-        "best other policy's by less than 1 % of it (one-sided Welch test). Images: "
+        "best other policy's by less than 1 % of it (the upper of the two one-sided tests, "
+        "paired by seed; below p = 0.05 it is not worse). Images: "
         f"{content['images']}; text: {content['text']}.",
         f"\n    {content['command']}\n",
         "| " + " | ".join(HEADINGS) + " |",

@@ -36,6 +36,13 @@ def _revival() -> tuple[Setting, ...]:
     every = tuple(range(30, 101, 2))
     death = {"data": "cifar10", "forced_death": (0.4, 0.5), "percents": every}
     return (
+        Setting(
+            name="the package's defaults",
+            control=target(0.545, o=0.0),
+            strength=None,
+            warmup=0.0,
+            **death,
+        ),
         Setting(name="balance loss, the paper's weights", control=HEALTHY, **death),
         Setting(
             name="balance loss, a tenth of the weights", control=HEALTHY, strength=0.1, **death
@@ -55,6 +62,8 @@ def _promise() -> tuple[Setting, ...]:
             strength=None,
             warmup=0.0,
             rate=rate,
+            effort=1 / 3,
+            percents=(50, 100),
         )
         for data in ("cifar10", "wikitext2")
         for tiers, e in (((8, 4, 4), 0.545), ((4, 4, 4, 4), 1.0), ((16,), 0.5), ((16, 8, 8), 0.545))
@@ -83,14 +92,24 @@ QUESTIONS = (
     ),
     Experiment(
         name="e-order",
-        title="CIFAR-10 at E from 0.1 to 2.3, O and B fixed",
+        title="CIFAR-10 at E from 0.1 to 2.3, the layer's other defaults",
         section="4.1, 4.4",
         claim="living and PURE_CORE experts do not fall as E rises",
         settings=tuple(
-            replace(TEN, name=f"E={e:g}", control=target(e)) for e in (0.1, 0.3, 0.545, 1.0, 2.3)
+            replace(
+                TEN,
+                name=f"E={e:g}",
+                control=target(e, o=0.0),
+                strength=None,
+                warmup=0.0,
+                effort=1 / 3,
+                percents=(50, 100),
+            )
+            for e in (0.1, 0.3, 0.545, 1.0, 2.3)
         ),
         seeds=3,
         paper=False,
+        note="The weights are the package's, and so is the rule that E sets the usage floor.",
     ),
     Experiment(
         name="promise",

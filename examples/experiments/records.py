@@ -120,8 +120,9 @@ class Setting:
         tiers: Experts by tier.
         ortho_weight: Weight of the prototypes' orthogonality.
         oracle: The teacher, where it is not the layer's default.
-        strength: Factor on H, O and B; ``None`` for the layer's default. The paper knows none, so
-            its weights are taken as printed.
+        strength: Factor on H, O and B, with the paper's router and without a usage floor;
+            ``None`` for the layer's defaults of all three. The paper knows no such factor, so its
+            weights are taken as printed.
         warmup: Share of the training with random routing.
         effort: Factor on the scale's epochs.
         rate: Factor on both learning rates.

@@ -60,14 +60,14 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
         "warmup_fraction": setting.warmup,
     }
     if setting.strength is not None:
-        common["strength"] = setting.strength
+        common |= {"strength": setting.strength, "router": "mlp"}
     if samples.kind == "language":
         return GPT(
             vocabulary=samples.classes,
             layers=scale.layers,
             width=scale.width,
             heads=scale.heads,
-            build_ffn=lambda width: EcoMoE(width, scale.expert_hidden, **common),
+            build_ffn=lambda width: _as_set(EcoMoE(width, scale.expert_hidden, **common), setting),
         )
     encoder = WideResNet(
         depth=scale.depth,
@@ -77,7 +77,14 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
         features=scale.features,
     )
     head = EcoMoE(scale.features, None, num_classes=samples.classes, **common)
-    return Classifier(encoder, head)
+    return Classifier(encoder, _as_set(head, setting))
+
+
+def _as_set(layer: EcoMoE, setting: Setting) -> EcoMoE:
+    # The paper's weights go with the paper's router and losses, which let experts starve.
+    if setting.strength is not None:
+        layer.usage_floor = 0.0
+    return layer
 
 
 def task_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
