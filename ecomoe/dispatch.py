@@ -9,12 +9,14 @@ D input features, F output features.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe import buffers
+from ecomoe.pieces import MAX_ROWS, for_host
 from ecomoe.routing import without_autocast
 
 
@@ -56,20 +58,13 @@ def unsort_slots(y_SF: Tensor, plan: Plan, *, top_k: int) -> Tensor:
     return flat_SF.view(flat_SF.shape[0] // top_k, top_k, flat_SF.shape[-1])
 
 
-def combine(y_NKF: Tensor, weights_NK: Tensor) -> Tensor:
-    """Return the gate-weighted sum over each token's experts, ``(N, F)``, in the gates' dtype."""
-    with without_autocast(weights_NK):
-        return torch.matmul(weights_NK.unsqueeze(1), y_NKF.to(weights_NK.dtype)).squeeze(1)
+def combine(y_SF: Tensor, weights_NK: Tensor, plan: Plan) -> Tensor:
+    """Return the gate-weighted sum of each token's slots, ``(N, F)``, in the dtype of ``y_SF``.
 
-
-def grouped_linear(
-    x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor
-) -> Tensor:
-    """Apply to each sorted slot the linear map of its expert, ``(S, F)``.
-
-    An expert without slots gets a gradient of zeros, not ``None``.
+    Sums are taken in fp32 or wider. On a CPU the gates are rounded to the dtype of ``y_SF`` first,
+    as the experts' outputs are.
     """
-    return _GroupedLinear.apply(x_SD, weight_EFD, bias_EF, ends_E)  # type: ignore[no-any-return]
+    return _Combine.apply(y_SF, weights_NK, plan.order_S, plan.inverse_S)  # type: ignore[no-any-return]
 
 
 class _ToSlots(torch.autograd.Function):
@@ -89,10 +84,56 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_SD: Tensor):  # type: ignore[no-untyped-def]
         order_S, inverse_S = ctx.saved_tensors
-        flat_SD = _Permute.apply(grad_SD, inverse_S, order_S)
-        num_tokens = inverse_S.shape[0] // ctx.top_k
-        grad_ND = flat_SD.reshape(num_tokens, ctx.top_k, flat_SD.shape[-1]).sum(1)
-        return grad_ND, None, None, None
+        return _FromSlots.apply(grad_SD, order_S, inverse_S, ctx.top_k), None, None, None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Sum of each token's slots, whose gradient is `_ToSlots`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_SD: Tensor, order_S: Tensor, inverse_S: Tensor, top_k: int) -> Tensor:
+        return _sum_of_slots(y_SD, inverse_S.view(-1, top_k), None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _, order_S, inverse_S, ctx.top_k = inputs
+        ctx.save_for_backward(order_S, inverse_S)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):  # type: ignore[no-untyped-def]
+        order_S, inverse_S = ctx.saved_tensors
+        return _ToSlots.apply(grad_ND, order_S, inverse_S, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Gather and weighted sum in one pass; no slot is brought back to its token in memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_SF: Tensor, weights_NK: Tensor, order_S: Tensor, inverse_S: Tensor) -> Tensor:
+        return _sum_of_slots(y_SF, inverse_S.view(weights_NK.shape), weights_NK)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_NF: Tensor):  # type: ignore[no-untyped-def]
+        y_SF, weights_NK, order_S, inverse_S = ctx.saved_tensors
+        if for_host(y_SF) and not torch.is_grad_enabled():
+            grad_y_SF, grad_weights_S = _combine_backward(grad_NF, y_SF, weights_NK, order_S)
+            grad_weights_S = grad_weights_S.index_select(0, inverse_S)
+            return grad_y_SF, grad_weights_S.view(weights_NK.shape), None, None
+        grad_SF = _ToSlots.apply(grad_NF, order_S, inverse_S, weights_NK.shape[1])
+        dot_S = torch.linalg.vecdot(y_SF.to(grad_SF.dtype), grad_SF)
+        grad_weights_S = _Permute.apply(dot_S, inverse_S, order_S)
+        weights_S = _Permute.apply(weights_NK.reshape(-1), order_S, inverse_S)
+        grad_y_SF = grad_SF * weights_S.to(grad_SF.dtype).unsqueeze(1)
+        grad_weights_NK = grad_weights_S.view(weights_NK.shape).to(weights_NK.dtype)
+        return grad_y_SF, grad_weights_NK, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -115,189 +156,40 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad_SD, inverse_S, index_S), None, None
 
 
-# The grouped linear map as one operator.
-#
-# F.grouped_mm alone has no bias, no fp64, wants rows on multiples of 16 bytes, and under
-# torch.compile takes bf16 only. As an operator of our own the same call works for all of them, and
-# the compiler sees one opaque node with fixed shapes.
+@torch.library.custom_op("ecomoe::combine_backward", mutates_args=())
+def _combine_backward(
+    grad_NF: Tensor, y_SF: Tensor, weights_NK: Tensor, order_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of slots and of their gates, some rows at a time, on a CPU."""
+    num_slots, top_k = y_SF.shape[0], weights_NK.shape[1]
+    weights_S1 = weights_NK.reshape(-1, 1).index_select(0, order_S).to(y_SF.dtype)
+    tokens_S = order_S // top_k
+    grad_y_SF = buffers.empty(y_SF, y_SF.shape)
+    dot_S = y_SF.new_empty(num_slots)
+    products = y_SF.new_empty(min(num_slots, MAX_ROWS), y_SF.shape[1])
+    for s in range(0, num_slots, MAX_ROWS):
+        t = min(s + MAX_ROWS, num_slots)
+        rows = torch.index_select(grad_NF, 0, tokens_S[s:t], out=grad_y_SF[s:t])
+        torch.mul(rows, y_SF[s:t], out=products[: t - s])
+        torch.sum(products[: t - s], 1, out=dot_S[s:t])
+        rows.mul_(weights_S1[s:t])
+    return grad_y_SF, dot_S.to(weights_NK.dtype)
 
 
-def _in_a_loop(x_SD: Tensor) -> bool:
-    """Whether to launch one product per expert, whose bounds are then read on the host.
-
-    On a CPU that is the faster way (the bias is added inside each product). Elsewhere it is the way
-    for what ``F.grouped_mm`` lacks: fp64, where the device is waited for.
-    """
-    narrow = x_SD.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return _on_host(x_SD) or not narrow
+@_combine_backward.register_fake
+def _(grad_NF: Tensor, y_SF: Tensor, weights_NK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
+    return y_SF.new_empty(y_SF.shape), weights_NK.new_empty(y_SF.shape[0])
 
 
-def _on_host(tensor: Tensor) -> bool:
-    return tensor.is_cpu
-
-
-def _aligned(tensor: Tensor, *, axes: int = 1) -> Tensor:
-    """Pad the last axes with zeros: ``F.grouped_mm`` wants rows on multiples of 16 bytes."""
-    step = 16 // tensor.itemsize
-    pads = [pad for size in reversed(tensor.shape[-axes:]) for pad in (0, -size % step)]
-    return F.pad(tensor, pads) if any(pads) else tensor.contiguous()
-
-
-def _groups(ends_E: Tensor) -> list[tuple[int, int, int]]:
-    """Return (expert, start, end) of the experts that have slots. Reads ``ends_E`` on the host."""
-    ends = ends_E.tolist()
-    return [(e, s, t) for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)) if t > s]
-
-
-@torch.library.custom_op("ecomoe::grouped_linear", mutates_args=())
-def _grouped_linear(
-    x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor
-) -> Tensor:
-    if _in_a_loop(x_SD):
-        y_SF = x_SD.new_empty(x_SD.shape[0], weight_EFD.shape[1])
-        for e, s, t in _groups(ends_E):
-            if bias_EF is None:
-                torch.mm(x_SD[s:t], weight_EFD[e].mT, out=y_SF[s:t])
-            else:
-                torch.addmm(bias_EF[e], x_SD[s:t], weight_EFD[e].mT, out=y_SF[s:t])
-        return y_SF
-    y_SF = F.grouped_mm(_aligned(x_SD), _aligned(weight_EFD, axes=2).mT, offs=ends_E)
-    y_SF = y_SF[:, : weight_EFD.shape[1]].contiguous()
-    if bias_EF is not None:
-        y_SF = y_SF + bias_EF.index_select(0, _expert_of_slot(ends_E, x_SD.shape[0]))
-    return y_SF
-
-
-@_grouped_linear.register_fake
-def _(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
-    return x_SD.new_empty(x_SD.shape[0], weight_EFD.shape[1])
-
-
-@torch.library.custom_op("ecomoe::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(
-    grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_SF = grad_SF.contiguous()
-    num_experts, width_out, width_in = weight_EFD.shape
-    if _in_a_loop(x_SD):
-        grad_x_SD = x_SD.new_empty(x_SD.shape)
-        groups = _groups(ends_E)
-        # Only experts without slots need the zeros.
-        full = len(groups) == num_experts
-        new = weight_EFD.new_empty if full else weight_EFD.new_zeros
-        grad_weight_EFD = new(weight_EFD.shape)
-        grad_bias_EF = grad_SF.new_zeros(num_experts if has_bias else 0, width_out)
-        for e, s, t in groups:
-            torch.mm(grad_SF[s:t], weight_EFD[e], out=grad_x_SD[s:t])
-            torch.mm(grad_SF[s:t].mT, x_SD[s:t], out=grad_weight_EFD[e])
-            if has_bias:
-                torch.sum(grad_SF[s:t], 0, out=grad_bias_EF[e])
-        return grad_x_SD, grad_weight_EFD, grad_bias_EF
-    rows_SF = _aligned(grad_SF)
-    grad_x_SD = F.grouped_mm(rows_SF, _aligned(weight_EFD, axes=2), offs=ends_E)
-    grad_x_SD = grad_x_SD[:, :width_in].contiguous()
-    grad_weight_EFD = F.grouped_mm(rows_SF.mT, _aligned(x_SD), offs=ends_E)
-    grad_weight_EFD = grad_weight_EFD[:, :width_out, :width_in].contiguous()
-    starts_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1]))
-    grad_weight_EFD.masked_fill_((starts_E == ends_E).view(-1, 1, 1), 0.0)
-    grad_bias_EF = grad_SF.new_zeros(num_experts if has_bias else 0, width_out)
-    if has_bias:
-        expert_ids_S = _expert_of_slot(ends_E, grad_SF.shape[0])
-        grad_bias_EF.index_add_(0, expert_ids_S, grad_SF)
-    return grad_x_SD, grad_weight_EFD, grad_bias_EF
-
-
-@_grouped_linear_backward.register_fake
-def _(
-    grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias_shape = (weight_EFD.shape[0] if has_bias else 0, weight_EFD.shape[1])
-    new_x_SD, new_weight_EFD = x_SD.new_empty(x_SD.shape), weight_EFD.new_empty(weight_EFD.shape)
-    return new_x_SD, new_weight_EFD, grad_SF.new_empty(bias_shape)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """The operator with its gradient, in the form that `torch.func` transforms ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
-        return torch.ops.ecomoe.grouped_linear(  # type: ignore[no-any-return]
-            x_SD, weight_EFD, bias_EF, ends_E
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x_SD, weight_EFD, bias_EF, ends_E = inputs
-        ctx.save_for_backward(x_SD, weight_EFD, ends_E)
-        ctx.has_bias = bias_EF is not None
-
-    @staticmethod
-    def backward(ctx, grad_SF: Tensor):  # type: ignore[no-untyped-def]
-        x_SD, weight_EFD, ends_E = ctx.saved_tensors
-        grad_x_SD, grad_weight_EFD, grad_bias_EF = _GroupedLinearGradient.apply(
-            grad_SF, x_SD, weight_EFD, ends_E, ctx.has_bias
-        )
-        return grad_x_SD, grad_weight_EFD, grad_bias_EF if ctx.has_bias else None, None
-
-
-class _GroupedLinearGradient(torch.autograd.Function):
-    """The gradient with its own gradient, which the same two operators give."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.ecomoe.grouped_linear_backward(  # type: ignore[no-any-return]
-            grad_SF, x_SD, weight_EFD, ends_E, has_bias
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        grad_SF, x_SD, weight_EFD, ends_E, ctx.has_bias = inputs
-        ctx.save_for_backward(grad_SF, x_SD, weight_EFD, ends_E)
-
-    @staticmethod
-    def backward(ctx, to_x_SD: Tensor, to_weight_EFD: Tensor, to_bias_EF: Tensor):  # type: ignore[no-untyped-def]
-        grad_SF, x_SD, weight_EFD, ends_E = ctx.saved_tensors
-        like_bias_EF = to_bias_EF if ctx.has_bias else None
-        to_grad_SF = grouped_linear(to_x_SD, weight_EFD, like_bias_EF, ends_E)
-        to_grad_SF = to_grad_SF + grouped_linear(x_SD, to_weight_EFD, None, ends_E)
-        through_x_SD, through_weight_EFD, _ = _GroupedLinearGradient.apply(
-            grad_SF, to_x_SD, to_weight_EFD, ends_E, False
-        )
-        return to_grad_SF, through_x_SD, through_weight_EFD, None, None
-
-
-def _one_by_one(operator: Any) -> None:
-    """Let ``torch.vmap`` run the operator on each element of a batch in turn."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        results = [
-            operator(
-                *(
-                    arg if dim is None else arg.select(dim, index)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    operator.register_vmap(rule)
-
-
-_one_by_one(_grouped_linear)
-_one_by_one(_grouped_linear_backward)
-
-
-def _expert_of_slot(ends_E: Tensor, num_slots: int) -> Tensor:
-    """Return the expert of each sorted slot, int64, ``(S,)``."""
-    slots_S = torch.arange(num_slots, device=ends_E.device, dtype=ends_E.dtype)
-    return torch.searchsorted(ends_E, slots_S, right=True)
+def _sum_of_slots(y_SF: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+    """Return the (weighted) sum of the slots of each token, ``(N, F)``, in ``y_SF``'s dtype."""
+    if for_host(y_SF):
+        # Reads each slot once and writes each token once.
+        weights_NK = None if weights_NK is None else weights_NK.to(y_SF.dtype)
+        return F.embedding_bag(slots_NK, y_SF, mode="sum", per_sample_weights=weights_NK)
+    y_NKF = y_SF.index_select(0, slots_NK.reshape(-1)).view(*slots_NK.shape, y_SF.shape[1])
+    if weights_NK is None:
+        return y_NKF.sum(1)
+    with without_autocast(weights_NK):
+        wide_NKF = y_NKF.to(weights_NK.dtype)
+        return torch.matmul(weights_NK.unsqueeze(1), wide_NKF).squeeze(1).to(y_SF.dtype)

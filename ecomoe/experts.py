@@ -10,41 +10,16 @@ F output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecomoe.dispatch import Plan, grouped_linear
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """Return ``x * sigmoid(1.702 x)``, the approximation of GELU that CLIP uses."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Return GELU in its tanh approximation, as GPT-2 uses it."""
-    return F.gelu(x, approximate="tanh")
-
-
-def identity(x: Tensor) -> Tensor:
-    """Return ``x`` (by a name, since a layer with a lambda could not be pickled)."""
-    return x
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "quick_gelu": quick_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "identity": identity,
-}
+from ecomoe.activations import ACTIVATIONS, Activation, has_hooks, name_of
+from ecomoe.dispatch import Plan
+from ecomoe.feed_forward import feed_forward
+from ecomoe.grouped import grouped_linear
+from ecomoe.pieces import for_host
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -53,6 +28,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if tensor.is_meta or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    dtype = autocast_dtype(tensor)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def tier_of_experts(tiers: tuple[int, ...]) -> list[int]:
@@ -104,15 +84,22 @@ class ExpertLinear(nn.Module):
         """Return the weight and the bias of the experts that are computed here."""
         return self.weight, self.bias
 
-    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-        """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
+    def cast_operands(self, x_SD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `operands` in the dtype in which autocast has ``x_SD`` multiplied."""
         weight_EFD, bias_EF = self.operands()
         dtype = autocast_dtype(x_SD)
-        if dtype is not None:
-            # Operators of our own are not on autocast's list: cast as it does for F.linear.
-            x_SD, weight_EFD = x_SD.to(dtype), weight_EFD.to(dtype)
-            bias_EF = None if bias_EF is None else bias_EF.to(dtype)
-        return grouped_linear(x_SD, weight_EFD, bias_EF, ends_E)
+        if dtype is None:
+            return weight_EFD, bias_EF
+        return weight_EFD.to(dtype), None if bias_EF is None else bias_EF.to(dtype)
+
+    def is_plain(self) -> bool:
+        """Return whether calling it does nothing but what `forward` does here."""
+        return type(self).forward is ExpertLinear.forward and not has_hooks(self)
+
+    def forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
+        """Apply to each slot, sorted by expert, its expert's map, ``(S, F)``."""
+        # Operators of our own are not on autocast's list: cast as it does for F.linear.
+        return grouped_linear(_as_autocast(x_SD), *self.cast_operands(x_SD), ends_E)
 
     def extra_repr(self) -> str:
         """Show sizes when printed."""
@@ -192,6 +179,7 @@ class FFNExperts(Experts):
         self.dropout = dropout
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.norm = norm
+        self._known_activation = (self.activation, name_of(self.activation))
         first = ExpertLinear(
             num_experts,
             d_model,
@@ -210,6 +198,9 @@ class FFNExperts(Experts):
 
     def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
         """Return each slot's output of its own expert, ``(S, F)``."""
+        one = self._in_one_operator(x_SD, plan)
+        if one is not None:
+            return one
         if self.gated:
             gate_SH, up_SH = self.gate_up_proj(x_SD, plan.ends_E).chunk(2, dim=-1)
             hidden_SH = self.activation(gate_SH) * up_SH
@@ -220,6 +211,33 @@ class FFNExperts(Experts):
         if self.norm is not None:
             hidden_SH = self.norm(hidden_SH)
         return self.down_proj(hidden_SH, plan.ends_E)  # type: ignore[no-any-return]
+
+    def _in_one_operator(self, x_SD: Tensor, plan: Plan) -> Tensor | None:
+        """Return the slots' outputs by `feed_forward`, or ``None`` where it is not for these.
+
+        It passes over the projections as modules, so nobody may be waiting for calls of them.
+        """
+        first, down = self.gate_up_proj if self.gated else self.up_proj, self.down_proj
+        known, activation = self._known_activation
+        if activation is None or known is not self.activation or not for_host(x_SD):
+            return None
+        if self.norm is not None or (self.dropout and self.training):
+            return None
+        if isinstance(known, nn.Module) and has_hooks(known):
+            return None
+        if not all(isinstance(m, ExpertLinear) and m.is_plain() for m in (first, down)):
+            return None
+        x_SD = _as_autocast(x_SD)
+        up_EGD, up_bias_EG = first.cast_operands(x_SD)
+        down_EFH, down_bias_EF = down.cast_operands(x_SD)
+        tensors = [x_SD, up_EGD, down_EFH, up_bias_EG, down_bias_EF]
+        if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
+            return None
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y_SF: Tensor = feed_forward(
+            x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan.ends_E, activation, keep
+        )[0]
+        return y_SF
 
 
 class HeadExperts(Experts):

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecomoe import arguments, losses
+from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
-    ACTIVATIONS,
-    Activation,
     ExpertLinear,
     Experts,
     FFNExperts,
@@ -314,19 +313,22 @@ class EcoMoE(nn.Module):
         routing: Routing = self.router(x_ND, temperature, random_routing)
         plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
         x_SD = scatter_to_experts(x_ND, plan, top_k=self.top_k)
-        y_NKF = unsort_slots(self.experts(x_SD, plan), plan, top_k=self.top_k)
+        y_SF = self.experts(x_SD, plan)
         weights_NK = routing.weights_NK
         if self.training and torch.is_grad_enabled():
+            y_NKF = None
+            if self.divergence_weight > 0:
+                y_NKF = unsort_slots(y_SF, plan, top_k=self.top_k)
             weights_NK = self._leave_losses(x_ND, routing, y_NKF, targets)
         elif self.training:
             self.auxiliary.settle()
-        y_NF = combine(y_NKF, weights_NK).to(x.dtype)
+        y_NF = combine(y_SF, weights_NK, plan).to(x.dtype)
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
 
     def _leave_losses(
-        self, x_ND: Tensor, routing: Routing, y_NKF: Tensor, targets: Tensor | None
+        self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
         shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
@@ -352,7 +354,7 @@ class EcoMoE(nn.Module):
         self,
         x_ND: Tensor,
         routing: Routing,
-        y_NKF: Tensor,
+        y_NKF: Tensor | None,
         targets: Tensor | None,
         shares: losses.Shares,
     ) -> dict[str, Tensor]:
@@ -388,6 +390,7 @@ class EcoMoE(nn.Module):
             assert self.prototypes is not None
             terms["ortho"] = losses.orthogonality_loss(self.prototypes)
         if self.divergence_weight > 0:
+            assert y_NKF is not None
             terms["divergence"] = losses.divergence_loss(y_NKF.to(logits_NE.dtype))
         if self.z_weight > 0:
             terms["z"] = losses.z_loss(logits_NE)

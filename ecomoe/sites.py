@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ecomoe.experts import Activation
+from ecomoe.activations import Activation
 from ecomoe.moe import EcoMoE
 from ecomoe.upcycle import DenseFFN, Projection
 

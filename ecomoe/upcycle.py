@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ecomoe.experts import Activation, ExpertLinear, Experts, FFNExperts, HeadExperts
+from ecomoe.activations import Activation
+from ecomoe.experts import ExpertLinear, Experts, FFNExperts, HeadExperts
 
 Init = Literal["upcycle", "noise", "partial", "random"]
 INITS: tuple[str, ...] = get_args(Init)

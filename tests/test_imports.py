@@ -16,10 +16,11 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # From the bottom up: a module imports only from rows above its own in this list. A new module is
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
-    {"arguments"},
-    {"control", "cost_model", "hooks", "routing", "token_ids"},
+    {"arguments", "activations", "buffers", "workers"},
+    {"control", "cost_model", "hooks", "pieces", "routing", "token_ids"},
     {"calibration", "costing"},
-    {"losses", "dispatch"},
+    {"losses", "dispatch", "grouped"},
+    {"feed_forward"},
     {"routers", "experts"},
     {"auxiliary", "oracle"},
     {"moe", "relay", "terms"},

@@ -106,7 +106,7 @@ class TestForward:
 
 def implementation(operator):
     """Return what an operator of ours runs on real tensors."""
-    from ecomoe import dispatch
+    from ecomoe import grouped as dispatch
 
     return getattr(dispatch, f"_{operator.name().split('::')[1].split('.')[0]}")._init_fn
 

@@ -1,0 +1,86 @@
+"""Memory for large gradients on the CPU that is not handed back to the operating system.
+
+glibc gives a block of 32 MiB or more back as soon as it is freed, so that the stacked experts'
+gradients, freed and made anew in each step, cost one page fault per 4 KiB: as much time as the
+products that fill them, where tokens are few. Here such a block is kept for the next of its size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+# From here on glibc asks the system for each block (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).
+LARGE = 16 * 2**20
+
+
+class Blocks:
+    """Freed blocks of memory, each used by one tensor at a time.
+
+    A block comes back when the last tensor on its storage is gone. Before memory is asked of the
+    system, as much that is free goes back to it: what is held never exceeds what was once in use.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # re-entered where the collector frees a tensor inside
+        self._free: list[mmap.mmap] = []
+
+    def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a contiguous CPU tensor of undefined content, which has at least one element."""
+        num_elements = math.prod(shape)
+        block = self._take(num_elements * dtype.itemsize)
+        view = (ctypes.c_char * len(block)).from_buffer(block)
+        # The storage holds the view, and nothing else does: both end together.
+        weakref.finalize(view, self._give, block)
+        return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            for index in reversed(range(len(self._free))):
+                if len(self._free[index]) == size:
+                    return self._free.pop(index)
+            returned = 0
+            while self._free and returned < size:
+                returned += len(self._free.pop(0))
+        return _pages(size)
+
+    def _give(self, block: mmap.mmap) -> None:
+        with self._lock:
+            self._free.append(block)
+
+    def clear(self) -> None:
+        """Give all free blocks back to the system."""
+        with self._lock:
+            self._free.clear()
+
+
+def _pages(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    # Private: a forked process must not write into its parent's gradients.
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+_BLOCKS = Blocks()
+
+
+def empty(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Return an uninitialised contiguous tensor of ``like``'s dtype and device."""
+    size = math.prod(shape) * like.itemsize
+    if type(like) not in (Tensor, torch.nn.Parameter) or not like.is_cpu or size < LARGE:
+        return like.new_empty(shape)
+    return _BLOCKS.empty(shape, like.dtype)
+
+
+def empty_cache() -> None:
+    """Give the memory that is kept for large tensors, and not in use, back to the system."""
+    _BLOCKS.clear()
