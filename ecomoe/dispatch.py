@@ -165,15 +165,15 @@ def _combine_backward(
     weights_S1 = weights_NK.reshape(-1, 1).index_select(0, order_S).to(y_SF.dtype)
     tokens_S = order_S // top_k
     grad_y_SF = buffers.empty(y_SF, y_SF.shape)
-    dot_S = y_SF.new_empty(num_slots)
+    dot_S = weights_NK.new_empty(num_slots)
     products = y_SF.new_empty(min(num_slots, MAX_ROWS), y_SF.shape[1])
     for s in range(0, num_slots, MAX_ROWS):
         t = min(s + MAX_ROWS, num_slots)
         rows = torch.index_select(grad_NF, 0, tokens_S[s:t], out=grad_y_SF[s:t])
         torch.mul(rows, y_SF[s:t], out=products[: t - s])
-        torch.sum(products[: t - s], 1, out=dot_S[s:t])
+        torch.sum(products[: t - s], 1, dtype=dot_S.dtype, out=dot_S[s:t])
         rows.mul_(weights_S1[s:t])
-    return grad_y_SF, dot_S.to(weights_NK.dtype)
+    return grad_y_SF, dot_S
 
 
 @_combine_backward.register_fake

@@ -141,7 +141,8 @@ def relative_norm(update_MD: Tensor, state_MD: Tensor) -> Tensor:
     update_M, state_M = (
         torch.linalg.vector_norm(t_MD.to(wide), dim=-1) for t_MD in (update_MD, state_MD)
     )
-    return update_M / (state_M + 1e-6)
+    ratio_M: Tensor = update_M / (state_M + 1e-6)
+    return ratio_M
 
 
 class StaticExperts(HeadExperts):

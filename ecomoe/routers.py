@@ -307,8 +307,8 @@ class HashRouter(Router):
     for the others.
 
     The ids come from the model's token embedding by `ecomoe.token_ids.feed_token_ids`, which
-    `ecomoe.convert` calls. Under gradient checkpointing run one forward pass to a backward pass: a recomputation reads the
-    ids of the last.
+    `ecomoe.convert` calls. Under gradient checkpointing run one forward pass to a backward pass: a
+    recomputation reads the ids of the last.
 
     Args:
         d_model: Not used; every router takes it.

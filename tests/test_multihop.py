@@ -180,7 +180,7 @@ class TestHalting:
         outputs, hops = [], []
         for token in x:
             total = torch.zeros_like(token)
-            for hop in range(1, model.hops + 1):
+            for hop in range(1, model.hops + 1):  # noqa: B007 (used after the loop)
                 update = model.layer(token + total)
                 total = total + update
                 if update.norm() / ((token + total).norm() + 1e-6) < epsilon:

@@ -363,7 +363,8 @@ def test_lora_through_target_parameters(tmp_path):
     tuned = peft.get_peft_model(model, config)
     trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 2
-    assert torch.equal(output(tuned.eval(), inputs), want)
+    # Adapted experts are composed of single operators, whose GELU rounds differently.
+    torch.testing.assert_close(output(tuned.eval(), inputs), want)
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         loss = tuned.train()(**inputs, labels=inputs["input_ids"]).loss
