@@ -30,13 +30,13 @@ class Forced:
     def draw(self, shape: Shape, generator: torch.Generator, device: torch.device) -> None:
         """Draw the next batch's logits.
 
-        Differences between experts are far larger than what freshly drawn routers say, so all
-        contenders send a token to the same experts.
+        Differences between experts are far larger than what the routers say, whose last maps are
+        made small, so all contenders send a token to the same experts.
         """
         favour_E = popularity(shape.load, shape.num_experts)
         uniform_NE = torch.rand(shape.tokens, shape.num_experts, generator=generator)
         gumbel_NE = -(-uniform_NE.clamp(1e-9, 1 - 1e-7).log()).log()
-        self.logits_NE = (4.0 * (favour_E + gumbel_NE)).to(device)
+        self.logits_NE = (favour_E + gumbel_NE).to(device)
 
 
 def popularity(load: Load, num_experts: int) -> Tensor:
@@ -77,6 +77,9 @@ def build_ours(shape: Shape, forced: Forced) -> nn.Module:
         bias=not shape.gated,
         activation="silu" if shape.gated else "gelu",
     )
+    with torch.no_grad():
+        for weight in layer.router.expert_parameters():
+            weight.mul_(0.01)
     score = layer.router.logits
     layer.router.logits = lambda x_ND: score(x_ND) + forced.logits_NE  # type: ignore[method-assign]
     return layer

@@ -1,0 +1,215 @@
+"""The benchmark's instruments: what they measure is what they say. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ecomoe.cost_model import Machine
+from tests.benchmarks import aims, layer, page, plots, shapes
+from tests.benchmarks.contenders import Forced, PeerRouter, build_ours, build_transformers
+from tests.benchmarks.shapes import LARGE, Shape
+from tests.benchmarks.timing import Contender, paired, quartiles, race
+
+SMALL = Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
+MACHINES = {name: Machine(1e11, 1e10) for name in ("fp32", "bf16")}
+
+
+def forced(shape):
+    found = Forced()
+    found.draw(shape, torch.Generator().manual_seed(0), torch.device("cpu"))
+    return found
+
+
+@pytest.mark.parametrize("load", ["balanced", "zipf", "one"])
+def test_all_contenders_send_tokens_alike(load):
+    shape = Shape(**{**vars(SMALL), "load": load, "tokens": 4096})
+    given = forced(shape)
+    x_ND = torch.randn(shape.tokens, shape.d_model)
+    wanted_NK = given.logits_NE.topk(2, dim=-1).indices
+    ours = build_ours(shape, given)
+    routed = ours.router(x_ND, ours.temperature).expert_ids_NK
+    _, _, peers = PeerRouter(shape, given)(x_ND)
+    for ids_NK in (routed, peers):
+        assert (ids_NK == wanted_NK).float().mean() > 0.98
+    share_E = torch.bincount(routed[:, 0], minlength=4) / shape.tokens
+    expected = {"balanced": 0.25, "zipf": 1 / (1 + 1 / 2 + 1 / 3 + 1 / 4), "one": 1.0}[load]
+    assert share_E[0] == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_peer_computes_the_same_in_each_implementation(gated):
+    shape = Shape(**{**vars(SMALL), "gated": gated})
+    blocks = []
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        torch.manual_seed(0)
+        blocks.append(build_transformers(shape, forced(shape), name))
+    x_ND = torch.randn(shape.tokens, shape.d_model)
+    for block in blocks[1:]:
+        block.load_state_dict(blocks[0].state_dict())
+        torch.testing.assert_close(block(x_ND), blocks[0](x_ND))
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weight():
+    # x is saved for the weight's gradient, the product for the square's; views share a storage.
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(8, 4, bias=False)
+
+        def forward(self, x_ND):
+            y_NF = self.map(x_ND)
+            return y_NF * y_NF.view(y_NF.shape)
+
+    found = Contender("square", Square()).saved_bytes(torch.randn(10, 8))
+    assert found == 10 * 8 * 4 + 10 * 4 * 4
+
+
+def test_peak_bytes_sees_what_is_freed_again():
+    class Detour(nn.Module):
+        def forward(self, x_ND):
+            wide = torch.ones(1_000_000)
+            return x_ND * wide.sum()
+
+    peak = Contender("detour", Detour()).peak_bytes(torch.randn(2, 2), torch.ones(2, 2))
+    assert 4_000_000 <= peak < 4_100_000
+
+
+def test_every_round_has_all_contenders_and_slow_ones_have_fewer():
+    class Clock(Contender):
+        def __init__(self, name, spent):
+            super().__init__(name, nn.Identity())
+            self.spent, self.calls = spent, 0
+
+        def call(self, kind, x_ND, grad_ND):
+            self.calls += 1
+            return self.spent
+
+    fast = [Clock(name, 1.0) for name in ("dense", "ours", "routed")]
+    slow, hopeless = Clock("slow", 6.0), Clock("hopeless", 100.0)
+    race(
+        [*fast, slow, hopeless],
+        ("both",),
+        lambda: (torch.zeros(1), torch.zeros(1)),
+        seconds=0.0,
+        fewest=9,
+        most=50,
+        warm_up=1,
+    )
+    assert [each.calls for each in (*fast, slow, hopeless)] == [10, 10, 10, 1 + 3 + 3, 1 + 3]
+    assert paired(slow, fast[0], "both") == [6.0, 6.0, 6.0]
+
+
+def test_quartiles():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([7.0]) == [7.0, 7.0, 7.0]
+
+
+def test_shapes_have_names_of_their_own():
+    every = shapes.grid()
+    assert len({shape.name for shape in every}) == len(every)
+    assert set(shapes.quick()) <= set(every)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return layer.measure(
+        SMALL,
+        device=torch.device("cpu"),
+        seconds=0.0,
+        fewest=2,
+        most=2,
+        compiled=False,
+        only=["none"],
+    )
+
+
+def with_ratio(record, shape, ratio):
+    """Return the record as if it were of a shape where the layer takes ``ratio`` of dense."""
+    copied = json.loads(json.dumps(record))
+    copied["shape"] = vars(shape)
+    copied["contenders"]["ecomoe"]["both"]["over_dense"] = [ratio, ratio, ratio]
+    return {shape.name: copied}
+
+
+def test_an_aim_is_met_or_missed_by_what_was_measured(record):
+    met = aims.verdicts(with_ratio(record, LARGE, 1.09), MACHINES)[0]
+    assert (met.met, met.measured, met.reason) == (True, "1.09", "")
+    missed = aims.verdicts(with_ratio(record, LARGE, 1.3), MACHINES)[0]
+    assert (missed.met, missed.measured) == (False, "1.30")
+    assert "must move" in missed.reason
+
+
+def test_a_peer_counts_by_paired_time(record):
+    records = with_ratio(record, LARGE, 1.0)
+    of_peer = {"over_dense": [2.0] * 3, "over_ecomoe": [0.8] * 3}
+    contenders = records[LARGE.name]["contenders"]
+    contenders["grouped_mm"] = {"forward": of_peer, "both": of_peer}
+    assert aims.best_peer(records[LARGE.name], "both") == ("grouped_mm", 1.25)
+    found = {each.aim: each for each in aims.verdicts(records, MACHINES)}
+    worst = found["time over the best lossless peer's at most 1.05 at every shape"]
+    assert worst.met is False
+    assert "1.25 at n4096" in worst.reason
+
+
+def test_the_routers_are_given_back(record):
+    ours = build_ours(SMALL, forced(SMALL))
+    router = ours.router
+    with layer.decided_beforehand(ours)(torch.randn(64, 16)):
+        assert ours.router is not router
+        assert ours(torch.randn(64, 16)).requires_grad
+    assert ours.router is router
+    assert record["contenders"]["routed"]["both"]["rounds"] == 2
+
+
+def test_page_and_plots_are_made_of_a_record(record):
+    results = {
+        "machine": {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"},
+        "constants": {"fp32": [1e11, 1e10], "bf16": [4e11, 1e10]},
+        "layers": with_ratio(record, LARGE, 1.234),
+    }
+    run = {
+        "seed": 0,
+        "dense": [{"step": 1, "seconds": 1.0, "loss": 2.0}, {"step": 2, "seconds": 2.0, "loss": 1}],
+        "ecomoe": [{"step": 1, "seconds": 1.2, "loss": 1.9}],
+        "result": {
+            "dense": {"loss": 1.0, "seconds": 2.0},
+            "ecomoe": {"loss": 1.9, "seconds": 1.2},
+            "step_over_dense": 1.2,
+            "reached": None,
+        },
+    }
+    races = {"gpt": {"title": "GPT", "setting": "small", "runs": {"0": run}}}
+    text = page.page(results, races)
+    assert "1.23 [1.23, 1.23]" in text
+    assert "not reached" in text
+    assert plots.ratios(results["layers"]).count("<circle") > 1
+    assert plots.curves(races["gpt"]).count("<polyline") == 2
+
+
+def test_page_keeps_what_was_written_by_hand(record, tmp_path):
+    results = {
+        "machine": {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"},
+        "constants": {"fp32": [1e11, 1e10], "bf16": [4e11, 1e10]},
+        "layers": with_ratio(record, LARGE, 1.0),
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    out = tmp_path / "benchmarks.md"
+    out.write_text("# Old\n\n## Monitor\n\nby hand\n")
+    for _ in range(2):
+        page.main(
+            ["--results", str(tmp_path / "cpu.json"), "--races", str(tmp_path), "--out", str(out)]
+        )
+    text = out.read_text()
+    assert text.startswith("# Benchmarks")
+    assert text.count("## Monitor\n\nby hand\n") == 1
+    assert "# Old" not in text
+
+
+def test_no_gpu_is_said_politely(capsys, monkeypatch):
+    from tests.benchmarks import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "no CUDA device is here" in capsys.readouterr().err
