@@ -52,7 +52,7 @@ def convert(
     oracle: Oracle | None = None,
     divergence_weight: float = 0.0,
     z_weight: float = 0.0,
-    strength: float = 0.01,
+    strength: float = 0.03,
     warmup_fraction: float = 0.0,
     verbose: bool = True,
 ) -> Model:

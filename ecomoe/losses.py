@@ -80,14 +80,12 @@ def balance_loss(shares: Shares) -> Tensor:
 
 
 def starvation_loss(shares: Shares, *, floor: float) -> Tensor:
-    """Return the mean of ``-log importance``, nats, over the experts that starve; 0 if none does.
+    """Return ``-sum(w log importance)``, nats, where w is how far an expert is below the floor.
 
-    Each counts by how far it is below the floor, from 0 at the floor to 1 for an expert without
-    tokens, on the basis on which it has fewer; where all together count for less than one expert,
-    the mean is still over one. What `balance_loss` does for a dying expert fades with its
-    importance (``p log p``); here its logits are raised however low they are, most on the tokens
-    that are nearest to choosing it. The pull on all experts together is at most 1: a single dead
-    expert gets all of it, while many that a fresh router overlooks are not torn away from learning.
+    w goes from 0 at the floor to 1 for an expert without tokens, on the basis on which it has
+    fewer. What `balance_loss` does for a dying expert fades with its importance (``p log p``); here
+    its logits are raised by w in all however low they are, most on the tokens that are nearest to
+    choosing it. Where no expert starves, loss and gradient are 0, and routing is free.
 
     Args:
         shares: How the tokens are spread.
@@ -96,7 +94,7 @@ def starvation_loss(shares: Shares, *, floor: float) -> Tensor:
     importance_E, top1_E, topk_E = shares
     usage_E = torch.minimum(top1_E, topk_E) * importance_E.numel()
     want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
-    return -(want_E * _log(importance_E)).sum() / want_E.sum().clamp_min(1.0)
+    return -(want_E * _log(importance_E)).sum()
 
 
 def _log(share_E: Tensor) -> Tensor:

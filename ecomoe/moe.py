@@ -133,7 +133,7 @@ class EcoMoE(nn.Module):
         dense: nn.Module | None = None,
         divergence_weight: float = 0.0,
         z_weight: float = 0.0,
-        strength: float = 0.01,
+        strength: float = 0.03,
         warmup_fraction: float = 0.0,
         num_classes: int | None = None,
         device: torch.device | str | None = None,

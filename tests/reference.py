@@ -189,7 +189,7 @@ class LoopMoE:
         return loss
 
     def starvation(self, logits, ids):
-        num_experts, loss, wants = self.layer.num_experts, torch.zeros(()), 0.0
+        num_experts, loss = self.layer.num_experts, torch.zeros(())
         slots = [e for chosen in ids for e in chosen]
         firsts = [chosen[0] for chosen in ids]
         for e in range(num_experts):
@@ -198,8 +198,7 @@ class LoopMoE:
             importance = mean(self.softmax(scores)[e] for scores in logits)
             # As fp32 can tell it: the layer's router is that wide.
             loss = loss - want * torch.log(importance.clamp_min(torch.finfo(torch.float32).tiny))
-            wants += want
-        return loss / max(wants, 1.0)
+        return loss
 
     def entropy(self, logits):
         def token_entropy(scores):
