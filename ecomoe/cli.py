@@ -17,6 +17,7 @@ from typing import Any
 from ecomoe import costing
 from ecomoe.ecology.compare import compare
 from ecomoe.ecology.report import Report, record_lines
+from ecomoe.ecology.seeds import compare_conditions, values_of
 from ecomoe.ecology.sinks import Follower, Record, read_runs
 
 POLL_SECONDS = 1.0
@@ -44,7 +45,16 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     watch.add_argument("--once", action="store_true", help="print what is there, and end")
     against = commands.add_parser("compare", help="set runs side by side")
     against.add_argument("runs", metavar="FILE[#N]", nargs="+", help="two runs or more")
-    against.add_argument("--margin", type=float, default=0.01, help="accuracy that matters")
+    against.add_argument(
+        "--seeds",
+        action="store_true",
+        help="runs are CONDITION=FILE[#N]; those of one condition are its seeds, and conditions "
+        "are compared",
+    )
+    against.add_argument(
+        "--metric", choices=["accuracy", "loss"], default="accuracy", help="with --seeds"
+    )
+    against.add_argument("--margin", type=float, default=0.01, help="the difference that matters")
     against.add_argument("--alpha", type=float, default=0.05, help="error rate of the test")
     against.add_argument("--json", action="store_true", help="print the comparison as JSON")
     costing.add_arguments(
@@ -127,12 +137,40 @@ def _watch(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
 def _compare(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
     if len(set(given.runs)) < len(given.runs):
         raise ValueError("a run is named twice; name each once")
+    if given.seeds:
+        _compare_conditions(given)
+        return
     runs = {name: _records(name) for name in given.runs}
     found = compare(runs, margin=given.margin, alpha=given.alpha)
     if given.json:
         print(json.dumps(found))
     else:
         _print(_comparison(found))
+
+
+def _compare_conditions(given: argparse.Namespace) -> None:
+    runs: dict[str, list[Any]] = {}
+    for run in given.runs:
+        condition, equals, name = run.partition("=")
+        if not equals:
+            raise ValueError(f"{run!r} must be CONDITION=FILE with --seeds; name its condition")
+        runs.setdefault(condition, []).append(_records(name))
+    values = values_of(runs, given.metric)
+    found = compare_conditions(values, margin=given.margin, alpha=given.alpha)
+    if given.json:
+        print(json.dumps(found))
+        return
+    for condition, mean in found["means"].items():
+        print(f"{condition}: {given.metric} {mean:.4g}, mean of {found['seeds'][condition]} seeds")
+    for pair in found["pairs"]:
+        low, high = pair["interval"]
+        word = "equivalent" if pair["equivalent"] else "undecided"
+        word = "different" if pair["different"] else word
+        print(
+            f"{' and '.join(pair['conditions'])}: {word} ({pair['difference']:+.4g} "
+            f"[{low:+.4g}, {high:+.4g}], p {pair['p']:.2g}, power {pair['power']:.0%})"
+        )
+    print(f"Equivalent means within {found['margin']:g} (TOST, alpha {found['alpha']:g}).")
 
 
 def _comparison(found: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ LAYERS = [
     {"convert", "schedule"},
     {"loading"},
     {"ecology"},
-    {"ecology.statistics", "ecology.outcomes"},
+    {"ecology.alignment", "ecology.statistics", "ecology.outcomes"},
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown", "ecology.redundancy"},
     {"ecology.saturation", "ecology.traffic"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
