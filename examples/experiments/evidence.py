@@ -11,6 +11,7 @@ from pathlib import Path
 
 from examples.balance_table import HEADINGS, TITLE, rows
 from examples.experiments.claims import CLAIMS, Results, Verdict, missing
+from examples.experiments.equifinality_table import section
 from examples.experiments.figures import SPECIAL, by_condition, general, predictions
 from examples.experiments.measure import Record
 from examples.experiments.records import SCALES
@@ -40,7 +41,11 @@ def write_evidence(results: Path, to: Path) -> Path:
     """Write the page from the results of a folder."""
     to.parent.mkdir(parents=True, exist_ok=True)
     benchmarks = [json.loads(path.read_text()) for path in sorted(results.glob("balance-*.json"))]
-    to.write_text(evidence(read_results(results), benchmarks))
+    equifinality = [
+        json.loads(path.read_text()) for path in sorted(results.glob("equifinality-*.json"))
+    ]
+    page = evidence(read_results(results), benchmarks)
+    to.write_text("\n".join([page, *map(section, equifinality)]))
     return to
 
 

@@ -36,6 +36,7 @@ from examples.experiments.protocol import (
     two_rates,
 )
 from examples.experiments.records import Experiment, Scale, Setting
+from examples.experiments.topologies import Topology
 
 MAX_LOGITS = 2**26
 
@@ -48,6 +49,8 @@ def evaluation_batch(samples: Samples) -> int:
 
 def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
     """Return the architecture of section 3.1 at the size of a scale."""
+    if isinstance(setting, Topology):
+        return setting.build(scale, samples)
     control = setting.control
     common: dict[str, Any] = {
         "tiers": setting.tiers,
@@ -127,9 +130,9 @@ def run_setting(
     log = folder / "monitor.jsonl"
     if not (folder / "checkpoint.pt").exists():
         log.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    monitor = ecomoe.Monitor(
-        model, optimizer=optimizer, log=log, every=max(total // 20, 1), view="off"
-    )
+    # A report of hundreds of experts takes as long as several steps of a small model.
+    every = total if isinstance(setting, Topology) else max(total // 20, 1)
+    monitor = ecomoe.Monitor(model, optimizer=optimizer, log=log, every=every, view="off")
     job = Job(
         model=model,
         optimizer=optimizer,
@@ -149,6 +152,7 @@ def run_setting(
             folder,
             on_progress=on_progress and (lambda step, record: on_progress(step, total, record)),
         )
+    measured = setting.measure(model, tests, folder) if isinstance(setting, Topology) else {}
     scan = temperature_scan(model, tests, labels=samples.classes, temperatures=scale.temperatures)
     result = rounded(
         {
@@ -167,6 +171,7 @@ def run_setting(
             "torch": torch.__version__,
             "history": [brief(record, total) for record in history],
             "final": history[-1],
+            "measured": measured,
             "events": [
                 {key: event[key] for key in ("kind", "step", "phase", "layer", "expert", "basis")}
                 for event in (found.to_dict() for found in monitor.events)
