@@ -36,7 +36,7 @@ LAYERS = [
     {"ecology.taxonomy", "ecology.tiers", "ecology.lockdown", "ecology.redundancy"},
     {"ecology.saturation", "ecology.traffic"},
     {"ecology.events", "ecology.compare", "ecology.taps"},
-    {"ecology.records", "ecology.sinks", "ecology.decode", "ecology.transfer"},
+    {"ecology.records", "ecology.seeds", "ecology.sinks", "ecology.decode", "ecology.transfer"},
     {"ecology.report", "ecology.readers"},
     {"ecology.console", "ecology.html", "ecology.recorder"},
     {"ecology.layer_state"},
