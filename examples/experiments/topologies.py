@@ -92,8 +92,8 @@ class Topology(Setting):
 
     data: str = "wikitext103"
     control: Control = DEFAULTS
-    # The paper does not give its auxiliary losses. At the layer's default of 0.1 a cosine router of
-    # a hundred experts is pulled so hard that the loss suffers (docs/routers.md).
+    # The paper does not give its auxiliary losses. Stronger ones cost cosine routers of a hundred
+    # experts far more than others, which would be taken for an effect of the router.
     strength: float | None = 0.001
     warmup: float = 0.0
     router: str = "cosine"
