@@ -49,6 +49,8 @@ def plan_dispatch(expert_ids_NK: Tensor, *, num_experts: int) -> Plan:
 
 def scatter_to_experts(x_ND: Tensor, plan: Plan, *, top_k: int) -> Tensor:
     """Copy every token to its ``top_k`` slots, sorted by expert, ``(S, D)``."""
+    if not torch.is_grad_enabled():
+        return x_ND.index_select(0, plan.order_S // top_k)
     return _ToSlots.apply(x_ND, plan.order_S, plan.inverse_S, top_k)  # type: ignore[no-any-return]
 
 
@@ -64,6 +66,8 @@ def combine(y_SF: Tensor, weights_NK: Tensor, plan: Plan) -> Tensor:
     Sums are taken in fp32 or wider. On a CPU the gates are rounded to the dtype of ``y_SF`` first,
     as the experts' outputs are.
     """
+    if not torch.is_grad_enabled():
+        return _sum_of_slots(y_SF, plan.inverse_S.view(weights_NK.shape), weights_NK)
     return _Combine.apply(y_SF, weights_NK, plan.order_S, plan.inverse_S)  # type: ignore[no-any-return]
 
 

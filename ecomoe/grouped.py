@@ -23,11 +23,11 @@ from ecomoe.pieces import (
     add_bias,
     add_product,
     cut,
+    empty_gradient,
     isolated,
     most_rows,
     share_pieces,
     window,
-    without_slots,
 )
 
 
@@ -82,12 +82,10 @@ def _loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_experts, width_out, width_in = weight_EFD.shape
     grad_x_SD = buffers.empty(x_SD, x_SD.shape)
-    grad_weight_EFD = buffers.empty(weight_EFD, weight_EFD.shape)
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
     experts = cut(ends_E, x_SD.dtype)
-    for expert in without_slots(experts, num_experts):
-        grad_weight_EFD[expert].zero_()
+    grad_weight_EFD = empty_gradient(weight_EFD, experts)
 
     def work(queue: Iterable[list[Piece]]) -> None:
         most = most_rows(experts)
@@ -111,6 +109,13 @@ def _grouped_linear(
 ) -> Tensor:
     if _in_a_loop(x_SD):
         return _loop(x_SD, weight_EFD, bias_EF, ends_E)
+    return grouped_product(x_SD, weight_EFD, bias_EF, ends_E)
+
+
+def grouped_product(
+    x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor
+) -> Tensor:
+    """Return `grouped_linear` by ``F.grouped_mm``, for dtypes of up to 32 bits."""
     y_SF = F.grouped_mm(_aligned(x_SD), _aligned(weight_EFD, axes=2).mT, offs=ends_E)
     y_SF = y_SF[:, : weight_EFD.shape[1]].contiguous()
     if bias_EF is not None:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe import buffers
 from ecomoe.workers import share_out
 
 # Rows of a piece, at most.
 MAX_ROWS = 1024
+# Rows an expert up to which reading its weights takes longer than its products.
+FEW_ROWS = 64
 
 
 def for_host(tensor: Tensor) -> bool:
@@ -111,15 +114,25 @@ def most_rows(experts: list[list[Piece]]) -> int:
     return max((piece.rows for own in experts for piece in own), default=0)
 
 
-def without_slots(experts: list[list[Piece]], num_experts: int) -> set[int]:
-    """Return the experts that have no piece."""
-    return set(range(num_experts)).difference(own[0].expert for own in experts)
+def empty_gradient(weight_EXY: Tensor, experts: list[list[Piece]]) -> Tensor:
+    """Return memory for the gradient of stacked weights, zeros for experts that have no slots."""
+    idle = set(range(weight_EXY.shape[0])).difference(own[0].expert for own in experts)
+    if 2 * len(idle) > weight_EXY.shape[0]:
+        return weight_EXY.new_zeros(weight_EXY.shape)  # pages of zeros, which nobody has to write
+    gradient_EXY = buffers.empty(weight_EXY, weight_EXY.shape)
+    for expert in idle:
+        gradient_EXY[expert].zero_()
+    return gradient_EXY
 
 
 def share_pieces(work: Callable[[Iterable[list[Piece]]], None], experts: list[list[Piece]]) -> None:
-    """Share experts out among workers, by their rows."""
-    # An expert's weights are read and written however few slots it has.
-    share_out(work, experts, [64 + sum(piece.rows for piece in own) for own in experts])
+    """Share experts out among workers, by their rows, where these are enough for it to pay."""
+    rows = [sum(piece.rows for piece in own) for own in experts]
+    if sum(rows) < FEW_ROWS * len(rows):
+        work(experts)
+    else:
+        # An expert's weights are read and written however few slots it has.
+        share_out(work, experts, [FEW_ROWS + number for number in rows])
 
 
 def add_bias(rows_PX: Tensor, bias_X: Tensor | None, *, out: Tensor) -> None:
