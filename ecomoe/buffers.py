@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
 
@@ -37,7 +38,8 @@ class Blocks:
         block = self._take(num_elements * dtype.itemsize)
         view = (ctypes.c_char * len(block)).from_buffer(block)
         # The storage holds the view, and nothing else does: both end together.
-        weakref.finalize(view, self._give, block)
+        finalizer = weakref.finalize(view, self._give, block)
+        finalizer.atexit = False  # whoever computes at exit shall not get what is in use
         return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
 
     def _take(self, size: int) -> mmap.mmap:
@@ -53,6 +55,10 @@ class Blocks:
     def _give(self, block: mmap.mmap) -> None:
         with self._lock:
             self._free.append(block)
+
+    def forget_lock(self) -> None:
+        """Make a new lock: in a forked process, a thread that is not there may hold the old one."""
+        self._lock = threading.RLock()
 
     def clear(self) -> None:
         """Give all free blocks back to the system."""
@@ -71,6 +77,8 @@ def _pages(size: int) -> mmap.mmap:
 
 
 _BLOCKS = Blocks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_BLOCKS.forget_lock)
 
 
 def empty(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

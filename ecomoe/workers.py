@@ -28,10 +28,14 @@ class Pool:
         self._executor: ThreadPoolExecutor | None = None
         self._num_threads = 0
 
-    def run(self, jobs: Sequence[Callable[[], None]], *, num_threads: int) -> None:
-        """Run all jobs at once, and raise what the first that failed raised."""
-        executor = self._executor_for(num_threads)
-        futures: list[Future[None]] = [executor.submit(job) for job in jobs]
+    def run(self, job: Callable[[], None], *, num_workers: int, num_threads: int) -> None:
+        """Run a job in so many workers at once, and raise what the first that failed raised."""
+        futures: list[Future[None]] = []
+        try:
+            executor = self._executor_for(num_threads)
+            futures += (executor.submit(job) for _ in range(num_workers))
+        except RuntimeError:  # no thread can be had; none can once the main thread has ended
+            job()
         for future in futures:
             future.result()
 
@@ -58,8 +62,12 @@ def _start(num_threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     executor = ThreadPoolExecutor(num_workers, "ecomoe", initializer=begin)
-    for _ in range(num_workers):
-        executor.submit(int)
+    try:
+        for _ in range(num_workers):
+            executor.submit(int)
+    except RuntimeError:
+        ready.abort()
+        raise
     ready.wait()
     # What a thread sets for itself, torch hands on to threads that start later: take that back.
     torch.set_num_threads(num_threads)
@@ -101,7 +109,7 @@ def share_out(
             work(queue)
 
     num_workers = min(num_threads, MAX_WORKERS, len(rest))
-    _POOL.run([job] * num_workers, num_threads=num_threads)
+    _POOL.run(job, num_workers=num_workers, num_threads=num_threads)
 
 
 class _Queue(Iterator[Unit]):

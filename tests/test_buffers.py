@@ -1,5 +1,9 @@
 import gc
 import mmap
+import multiprocessing
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -51,6 +55,59 @@ class TestBlocks:
         blocks.clear()
         blocks.empty((8,), torch.float64)
         assert asked == [64, 64]
+
+
+_AT_EXIT = """
+import atexit, torch
+
+
+def last():
+    other = blocks.empty((8,), torch.float32)
+    print(other.data_ptr() != mine.data_ptr())
+
+
+atexit.register(last)
+from ecomoe.buffers import Blocks
+
+blocks = Blocks()
+mine = blocks.empty((8,), torch.float32)
+"""
+
+
+def test_at_exit_too_a_block_is_one_tensor_s():
+    command = [sys.executable, "-c", _AT_EXIT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def _child(connection):
+    connection.send(buffers._BLOCKS.empty((3,), torch.float32).shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_a_thread_is_inside():
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with buffers._BLOCKS._lock:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    process = context.Process(target=_child, args=(there,))
+    process.start()
+    try:
+        assert here.poll(30), "the child waits for a thread that it does not have"
+        assert here.recv() == (3,)
+    finally:
+        leave.set()
+        thread.join()
+        process.kill()
+        process.join()
 
 
 class TestEmpty:

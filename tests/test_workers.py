@@ -1,10 +1,12 @@
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
-from ecomoe.workers import share_out
+from ecomoe.workers import Pool, share_out
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +95,47 @@ def test_after_a_fork():
     assert here.poll(30), "the child waits for threads that it does not have"
     assert here.recv() == list(range(8))
     process.join()
+
+
+_LATE = """
+import atexit, threading
+import torch
+import ecomoe
+
+torch.set_num_threads(2)
+layer = ecomoe.EcoMoE(8, 16).eval()
+main = threading.main_thread()
+
+
+def train(when):
+    layer(torch.randn(64, 8)).square().sum().backward()
+    print(when, flush=True)
+
+
+def outlive():
+    main.join()
+    train("thread")
+
+
+atexit.register(train, "exit")
+if {warm}:
+    train("main")
+threading.Thread(target=outlive).start()
+"""
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_after_the_main_thread_has_ended(warm):
+    command = [sys.executable, "-W", "error", "-c", _LATE.format(warm=warm)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.split() == ["main"] * warm + ["thread", "exit"]
+
+
+def test_where_no_thread_can_be_started(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("ecomoe.workers._POOL", Pool())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert sorted(unit for unit, _, _ in run(list(range(8)), [1.0] * 8)) == list(range(8))
