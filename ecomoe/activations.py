@@ -70,9 +70,12 @@ def name_of(activation: Activation) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether something waits for calls of the module."""
+    """Return whether something waits for calls of the module, or of every module."""
+    if "forward" in vars(module):  # as accelerate wraps it, to bring offloaded weights
+        return True
     forward, backward = module._forward_hooks, module._backward_hooks
-    return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
+    own = forward or module._forward_pre_hooks or backward or module._backward_pre_hooks
+    return bool(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 # Name -> (values into `out`, gradient into `out`); `out` may be the gradient that comes in.

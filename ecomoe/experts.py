@@ -231,7 +231,7 @@ class FFNExperts(Experts):
         up_EGD, up_bias_EG = first.cast_operands(x_SD)
         down_EFH, down_bias_EF = down.cast_operands(x_SD)
         tensors = [x_SD, up_EGD, down_EFH, up_bias_EG, down_bias_EF]
-        if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
+        if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors):
             return None
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y_SF: Tensor = feed_forward(

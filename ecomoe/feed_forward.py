@@ -217,23 +217,21 @@ def _differentiate(ctx, grad_SF: Tensor | None, _: None):  # type: ignore[no-unt
     if grad_SF is None:
         return (None,) * 8
     pre_SG, *tensors = ctx.saved_tensors
-    x_SD, up_EGD, up_bias_EG, down_EFH, _, ends_E = tensors
+    x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, ends_E = tensors
     if torch.is_grad_enabled():  # by create_graph=True
         return *_differentiable_gradients(grad_SF, tensors, ctx.activation), None, None, None
-    has_biases = up_bias_EG is not None
+    has_biases = up_bias_EG is not None or down_bias_EF is not None
     grad_x_SD, grad_up_EGD, grad_up_bias_EG, grad_down_EFH, grad_down_bias_EF = (
         feed_forward_backward(
             grad_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, ctx.activation, has_biases
         )
     )
-    if not has_biases:
-        return grad_x_SD, grad_up_EGD, None, grad_down_EFH, None, None, None, None
     return (
         grad_x_SD,
         grad_up_EGD,
-        grad_up_bias_EG,
+        None if up_bias_EG is None else grad_up_bias_EG,
         grad_down_EFH,
-        grad_down_bias_EF,
+        None if down_bias_EF is None else grad_down_bias_EF,
         None,
         None,
         None,

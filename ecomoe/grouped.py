@@ -37,7 +37,16 @@ def grouped_linear(
     """Apply to each sorted slot the linear map of its expert, ``(S, F)``.
 
     An expert without slots gets a gradient of zeros, not ``None``.
+
+    Raises:
+        ValueError: Tokens and weights are on different devices.
     """
+    # Else weights on the meta device would have the output left unwritten, without an error.
+    if x_SD.device != weight_EFD.device:
+        raise ValueError(
+            f"tokens on {x_SD.device} must be where the experts' weights are, on "
+            f"{weight_EFD.device}; move one of them"
+        )
     return _GroupedLinear.apply(x_SD, weight_EFD, bias_EF, ends_E)  # type: ignore[no-any-return]
 
 

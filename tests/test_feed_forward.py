@@ -25,15 +25,16 @@ def operands(size, *, gated=False, bias=True, dtype=torch.float64):
     shapes = [(num_slots, d_model), (num_experts, width, d_model), (num_experts, width)]
     shapes += [(num_experts, d_output, d_hidden), (num_experts, d_output)]
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    if not bias:
-        tensors[2] = tensors[4] = None
+    for place, name in ((2, "up"), (4, "down")):
+        if bias not in (True, name):
+            tensors[place] = None
     return tensors, torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
 class TestAgainstSingleOperators:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("gated", [False, True])
-    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("bias", [False, True, "up", "down"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_values_and_gradients(self, size, gated, bias, dtype):
         inputs, ends_E = operands(size, gated=gated, bias=bias, dtype=dtype)
@@ -176,6 +177,44 @@ class TestWhenItIsTaken:
             self.run(experts)
             assert len(taken) == 1
             taken.clear()
+
+    @pytest.mark.parametrize("name", ["up_proj", "down_proj", "activation"])
+    def test_not_past_a_wrapped_forward(self, taken, name):
+        experts = FFNExperts(4, 3, num_experts=3, activation=nn.GELU())
+        module = getattr(experts, name)
+        module.forward = module.forward
+        self.run(experts)
+        assert not taken
+
+    def test_not_past_a_hook_on_every_module(self, taken):
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+        try:
+            experts = FFNExperts(4, 3, num_experts=3)
+            self.run(experts)
+        finally:
+            handle.remove()
+        assert not taken
+        assert seen == [experts.up_proj, experts.down_proj, experts]
+
+    @pytest.mark.parametrize("to", ["cpu", "disk"])
+    def test_offloaded_weights(self, to, tmp_path):
+        accelerate = pytest.importorskip("accelerate")
+        experts = FFNExperts(4, 3, num_experts=3)
+        torch.manual_seed(0)
+        expected = self.run(experts)
+        here = torch.device("cpu")
+        if to == "cpu":
+            accelerate.cpu_offload(experts, execution_device=here)
+        else:
+            accelerate.disk_offload(experts, tmp_path, execution_device=here)
+        torch.manual_seed(0)
+        assert torch.equal(self.run(experts), expected)
+
+    def test_weights_elsewhere_are_an_error(self):
+        experts = FFNExperts(4, 3, num_experts=3, device="meta")
+        with pytest.raises(ValueError, match=r"tokens on cpu must be .* on meta"):
+            self.run(experts)
 
     def test_not_past_another_projection_or_activation(self, taken):
         class Loud(ExpertLinear):
