@@ -77,6 +77,12 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     except ValueError as error:
         print(f"ecomoe: {error}", file=sys.stderr)
         return 1
+    except KeyError as error:
+        print(
+            f"ecomoe: a record lacks {error}; it was written by another version: read it with that",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -126,7 +132,8 @@ def _watch(given: argparse.Namespace, sleep: Callable[[float], None]) -> None:
     while True:
         for entry in follower.read():
             if "run" in entry:
-                print(f"run {entry['run']}, begun {entry['started']}", flush=True)
+                begun = f", begun {entry['started']}" if "started" in entry else " goes on"
+                print(f"run {entry['run']}{begun}", flush=True)
                 continue
             print("\n".join(record_lines(entry)), flush=True)
         if given.once:

@@ -173,6 +173,42 @@ def test_errors_are_told_in_one_line(run, capsys, arguments, message):
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"step": 1}, "is no record"),
+        ({"step": "1", "phase": "train"}, "is no record"),
+        ({"step": 1, "phase": 7}, "is no record"),
+        ({"run": ["x"]}, "is no record"),
+        ({"step": 1, "phase": "train"}, "another version"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "command", [["report", "{file}"], ["watch", "--once", "{file}"], ["compare", "{file}", "{run}"]]
+)
+def test_records_that_lack_something_are_told_in_one_line(run, capsys, command, line, message):
+    file = run.with_name("other.jsonl")
+    file.write_text(json.dumps(line) + "\n")
+    assert cli.main([argument.format(run=run, file=file) for argument in command]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("ecomoe: ")
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_nesting_without_end_is_told_in_one_line(run, capsys):
+    run.write_text("[" * 100_000 + "\n")
+    assert cli.main(["report", str(run)]) == 1
+    assert "is not JSON" in capsys.readouterr().err
+
+
+def test_a_run_without_its_begin_is_watched(run, capsys):
+    run.write_text('{"run":"x"}\n')
+    assert cli.main(["watch", "--once", str(run)]) == 0
+    assert "run x" in capsys.readouterr().out
+
+
 def test_unknown_command():
     with pytest.raises(SystemExit):
         cli.main(["paint"])

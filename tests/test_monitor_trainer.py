@@ -230,3 +230,15 @@ def test_generation_is_told_from_evaluation(use_cache):
         expected = 8 + 2 * 2 if use_cache else 8 + 10 + 12
         assert (layer["num_tokens"], layer["padding"]) == (expected, 2 if use_cache else 6)
         assert monitor.report("eval").to_dict()["layers"][0]["num_tokens"] == 10
+
+
+def test_generation_in_the_middle_of_training_is_apart():
+    model = make_model().train()
+    ids = torch.randint(1, SIZE, (2, 5))
+    with ecomoe.Monitor(model, view="off") as monitor:
+        (model(ids, labels=ids, use_cache=True).loss + ecomoe.aux_loss(model)).backward()
+        model.generate(
+            ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=0
+        )
+        assert monitor.report("train").to_dict()["layers"][0]["num_tokens"] == 10
+        assert monitor.report("generate").to_dict()["layers"][0]["num_tokens"] == 14

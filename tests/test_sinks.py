@@ -246,3 +246,34 @@ def test_json_of_something_else_is_refused(tmp_path):
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match=r"line 1 of .* is no record; .* give another file"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_two_runs_that_write_at_once_are_kept_apart(tmp_path, torn):
+    path = tmp_path / "run.jsonl"
+    first, second = JsonlSink(path), JsonlSink(path)
+    for number, record in enumerate(RECORDS):
+        (first, second)[number % 2].write(record)
+        if torn and number == 1:
+            with path.open("ab") as file:
+                file.write(b'{"step":9,')
+    expected = {first.run: RECORDS[::2], second.run: RECORDS[1::2]}
+    assert {run.id: run.records for run in read_runs(path)} == expected
+    assert [list(sink.records()) for sink in (first, second)] == list(expected.values())
+
+
+def test_a_run_resumes_where_another_wrote_in_between(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first, second = JsonlSink(path), JsonlSink(path)
+    first.write(RECORDS[0])
+    second.write(RECORDS[1])
+    first.write(RECORDS[2])
+    state = first.state_dict()
+    first.write(RECORDS[1])
+    second.write(RECORDS[3])
+    again = JsonlSink(path)
+    assert again.rewind(state)
+    again.write(RECORDS[3])
+    expected = {second.run: [RECORDS[1], RECORDS[3]], first.run: [*RECORDS[::2], RECORDS[3]]}
+    assert {run.id: run.records for run in read_runs(path)} == expected
+    assert list(again.records()) == expected[first.run]

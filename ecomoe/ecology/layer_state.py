@@ -47,12 +47,27 @@ def check_layer_state(tap: LayerTap, state: object) -> None:
     num_experts, size = sum(tiers), Layout(sum(tiers), len(tiers)).size
     fits = all(len(checked["sums"][phase]) == size for phase in PHASES)
     fits &= set(checked["labels"]) <= set(LABEL_KINDS)
-    fits &= all(len(table) == num_experts for table in checked["labels"].values())
+    fits &= all(_is_table(table, rows=num_experts) for table in checked["labels"].values())
+    if checked["choices"] is not None:
+        data, ids_MK = (*checked["choices"], None, None)[:2]
+        fits &= isinstance(data, int | float) and _is_table(ids_MK)
     if not fits:
         raise ValueError(
-            f"the state of layer {tap.name!r} must have {size} sums in each phase, and labels by "
-            f"{num_experts} experts; pass what Monitor.state_dict() returned"
+            f"the state of layer {tap.name!r} must have {size} sums in each phase, labels by "
+            f"{num_experts} experts, and choices by token; pass what Monitor.state_dict() returned"
         )
+
+
+def _is_table(table: object, *, rows: int | None = None) -> bool:
+    """Whether this is a list of equally long lists of numbers."""
+    if not isinstance(table, list) or (rows is not None and len(table) != rows):
+        return False
+    return all(
+        isinstance(row, list)
+        and len(row) == len(table[0])
+        and all(isinstance(value, int | float) for value in row)
+        for row in table
+    )
 
 
 def load_layer_state(tap: LayerTap, state: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class Monitor(TrainerEvents):
         every: Optimizer steps between two reports of the training traffic. In the Trainer its own
             ``logging_steps`` hold instead.
         thresholds: ``"paper"``, ``"relative"`` (to 16 experts) or a `Thresholds`.
-        on_event: Called with each `Event`; what it raises reaches the loop, to stop a run.
+        on_event: Called with each `Event`; what it raises reaches the loop, to stop a run,
+            once all events of the report were handed over.
         view: What to show on the terminal: ``"report"``, the report at the end of a Trainer's run;
             ``"live"``, a view in place while training as well; ``"lines"``, a line for each record
             as well; or ``"off"``.
@@ -261,9 +263,11 @@ class Monitor(TrainerEvents):
                 "step() must not be called where the optimizer or a Trainer counts the steps, or "
                 "each would count twice; leave the call out"
             )
-        self._advance(self.step_count + 1)
-        if self._schedule is not None:
-            self._schedule.advance(self.step_count)
+        try:
+            self._advance(self.step_count + 1)
+        finally:
+            if self._schedule is not None:
+                self._schedule.advance(self.step_count)
 
     def _on_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The schedule knows which steps a gradient scaler has skipped.
@@ -272,9 +276,11 @@ class Monitor(TrainerEvents):
     def _advance(self, step: int) -> None:
         # Processes report together: only the step is sure to be the same for all of them.
         together = is_distributed()
-        if self._watch is not None and self._watch.evaluated and not together:
-            self._cut(("eval",))
-        self.step_count = step
+        try:
+            if self._watch is not None and self._watch.evaluated and not together:
+                self._cut(("eval",))
+        finally:
+            self.step_count = step  # what an event's handler raises must not cost a step
         if self._session is None and step % self.every == 0:
             self._cut(PHASES if together else ("train", "generate"))
 
@@ -349,10 +355,19 @@ class Monitor(TrainerEvents):
                     z=self.thresholds.interval_z,
                 )
                 raised += self._recorder.add(record, taken.choices)
-        for event in raised:
-            if self.on_event is not None:
-                self.on_event(event)
+        if self.on_event is not None:
+            self._hand_over(raised, self.on_event)
         return record
+
+    def _hand_over(self, events: Sequence[Event], handler: EventHandler) -> None:
+        """Call the handler for every event, even where it raises; the first error is raised."""
+        for position, event in enumerate(events, start=1):
+            try:
+                handler(event)
+            except BaseException:
+                with suppress(Exception):
+                    self._hand_over(events[position:], handler)
+                raise
 
     def _progress(self) -> float | None:
         # The schedule may be a step ahead of what is reported: an evaluation before that step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ecomoe.ecology import saturation
@@ -162,11 +163,23 @@ class Recorder:
         checked = check_keys(state, {**kinds, "log": (dict, type(None))}, name="state['history']")
         places = ("start", "end", "check")
         if checked["log"] is not None:
-            check_keys(checked["log"], dict.fromkeys(places, int), name="state['history']['log']")
+            log = {"run": "", **checked["log"]}
+            check_keys(
+                log, {"run": str, **dict.fromkeys(places, int)}, name="state['history']['log']"
+            )
+        point = {"step": int, "phase": str, "dead": dict}
+        for entry in (*checked["trajectory"], *checked["latest"].values()):
+            check_keys(entry, point, name="a record of the state")
+        known = {field.name for field in fields(Event)}
         for event in checked["events"]:
             check_keys(
                 event, {"kind": str, "step": int, "phase": str}, name="an event of the state"
             )
+            if not set(event) <= known:
+                raise ValueError(
+                    f"an event of the state has {', '.join(sorted(set(event) - known))}, which "
+                    "this version does not know; load it with the version that saved it"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that passes `check_state`; the log drops what was written after it."""

@@ -1,7 +1,7 @@
 """Where records go: a JSONL file, and how to read it again.
 
-A file holds runs, one behind the other. Each begins with a line that gives it an id; all other
-lines are records.
+A file holds runs, one behind the other. Each begins with a line that gives it an id, and so does
+each part of one where several write at once; all other lines are records.
 """
 
 from __future__ import annotations
@@ -79,12 +79,17 @@ class JsonlSink:
         if not self._waiting:
             return
         lines = list(self._waiting)
-        with self.path.open("ab", buffering=0) as file:
-            begin = file.seek(0, os.SEEK_END)
+        with self.path.open("ab+", buffering=0) as file:
+            size = begin = file.seek(0, os.SEEK_END)
+            if size != self._end and not (tail := _line_before(file, size)).endswith(b"\n"):
+                begin -= len(tail)  # of another run, torn off by a kill
+                file.truncate(begin)
             if self._end == self.start or begin < self._end:  # it is new, or was removed
                 self.start = begin
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 lines.insert(0, _line({"run": self.run, "started": now}))
+            elif begin > self._end:  # another run has written in between
+                lines.insert(0, _line({"run": self.run, "continued": True}))
             rest = memoryview(b"".join(lines))
             try:
                 while rest:
@@ -140,7 +145,7 @@ class JsonlSink:
                 file.truncate(end)
             else:
                 file.seek(start)
-                content = file.read(end - start)
+                content = b"".join(_lines_of(own, file.read(end - start)))
                 file.seek(size)
                 file.write(content)
                 start, end = size, file.tell()
@@ -150,7 +155,12 @@ class JsonlSink:
 
     def records(self) -> Iterator[Record]:
         """Yield the records of this run."""
-        yield from read_records(self.path, start=self.start)
+        mine = True
+        for entry in _entries(self.path, start=self.start):
+            if "run" in entry:
+                mine = entry["run"] == self.run
+            elif mine:
+                yield entry
 
 
 def progress_bars_aside() -> AbstractContextManager[None]:
@@ -246,6 +256,15 @@ def _line(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
+def _lines_of(own: bytes, content: bytes) -> Iterator[bytes]:
+    """Yield the lines of one run, given how the lines begin that name it."""
+    mine = True
+    for line in content.splitlines(keepends=True):
+        mine = line.startswith(own) if line.startswith(_RUN) else mine
+        if mine:
+            yield line
+
+
 class Run(NamedTuple):
     """One run of a file.
 
@@ -269,7 +288,9 @@ def read_runs(path: str | os.PathLike[str]) -> list[Run]:
     runs: dict[str, Run] = {}
     run = runs[""] = Run("", "", [])
     for entry in _entries(path):
-        if "run" in entry:
+        if entry.get("continued"):
+            run = runs.setdefault(entry["run"], Run(entry["run"], "", []))
+        elif "run" in entry:
             runs.pop(entry["run"], None)  # one that goes on behind others is copied as a whole
             run = runs[entry["run"]] = Run(entry["run"], entry.get("started", ""), [])
         else:
@@ -301,13 +322,15 @@ def _entries(path: str | os.PathLike[str], *, start: int = 0) -> Iterator[Record
 
 def _parsed(line: bytes, name: str) -> Record:
     try:
-        entry = json.loads(line)
-    except ValueError as error:
+        entry: Record = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{name} is not JSON; it must be written by ecomoe.Monitor(log=...): remove the line, "
             "or give another file"
         ) from error
-    if not isinstance(entry, dict) or not {"run", "step"} & set(entry):
+    run = isinstance(entry, dict) and isinstance(entry.get("run"), str)
+    record = isinstance(entry, dict) and type(entry.get("step")) is int
+    if not (run or (record and isinstance(entry.get("phase"), str))):
         raise ValueError(
             f"{name} is no record; it must be written by ecomoe.Monitor(log=...): give another file"
         )

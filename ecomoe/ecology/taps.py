@@ -147,7 +147,7 @@ class LayerTap:
             self.allocate(ids_NK.device)
         self.top_k = ids_NK.shape[1]
         phase = self.traffic.phase_of(module)
-        valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
+        valid_N = self.traffic.valid(ids_NK.shape[0], device=ids_NK.device, side=self.side)
         with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
             parts = statistics.routing_counts(
                 ids_NK,
@@ -181,7 +181,9 @@ class LayerTap:
                 first_N = ids_NK[:, 0].clone()
                 self.seen.append(Seen(first_N, None, judged_N))
                 self._note_choices(ids_NK, valid_N)
-                buckets_N = self.traffic.buckets_of(ids_NK.shape[0], side=self.side)
+                buckets_N = self.traffic.buckets_of(
+                    ids_NK.shape[0], device=ids_NK.device, side=self.side
+                )
                 if buckets_N is not None:
                     self._count_labels(
                         "token", first_N, buckets_N, judged_N, num_labels=self.traffic.token_buckets
@@ -194,7 +196,8 @@ class LayerTap:
         valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
         if valid_N is not None:
             valid_M = valid_M & valid_N[rows_M]
-        self.probe = Probe(self.traffic.data, valid_M, ids_NK[rows_M].to(torch.int16))
+        data = self.traffic.data.to(ids_NK.device)
+        self.probe = Probe(data, valid_M, ids_NK[rows_M].to(torch.int16))
 
     def compare(
         self,
@@ -223,7 +226,7 @@ class LayerTap:
             x_ND.shape[0], device=x_ND.device, num_probes=redundancy.NUM_PROBES
         )
         valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
-        valid_N = self.traffic.valid(x_ND.shape[0], side=self.side)
+        valid_N = self.traffic.valid(x_ND.shape[0], device=x_ND.device, side=self.side)
         if valid_N is not None:
             valid_M = valid_M & valid_N[rows_M]
         with torch.no_grad():
@@ -247,7 +250,7 @@ class LayerTap:
         """Add the slots as the experts received them, to compare with the router's decisions."""
         if recomputing() or ids_NK.shape[0] == 0 or not self.sums:
             return
-        valid_N = self.traffic.valid(ids_NK.shape[0], side=self.side)
+        valid_N = self.traffic.valid(ids_NK.shape[0], device=ids_NK.device, side=self.side)
         sums_V = self.sums[self.traffic.phase_of(module)]
         with torch.no_grad():
             ones_NK = torch.ones_like(ids_NK, dtype=sums_V.dtype)

@@ -51,7 +51,9 @@ class Traffic:
         # generate() says whether to use a cache, or for which positions it wants logits.
         signs = ("past_key_values", "use_cache", "logits_to_keep")
         generating = any(inputs.get(sign) is not None for sign in signs)
-        self.phase = "train" if training else "generate" if generating else "eval"
+        # In the middle of training, rollouts come from a model whose mode is still that.
+        generating = generating and not (training and torch.is_grad_enabled())
+        self.phase = "generate" if generating else "train" if training else "eval"
         self.masks = {}
         for side in ("", "decoder_"):
             mask = inputs.get(f"{side}attention_mask")
@@ -94,18 +96,23 @@ class Traffic:
             return self.phase
         return "train" if module.training else "eval"
 
-    def valid(self, num_tokens: int, *, side: str = "") -> Tensor | None:
+    def valid(self, num_tokens: int, *, device: torch.device, side: str = "") -> Tensor | None:
         """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown."""
-        return _of_length(self.masks, num_tokens, side=side)
+        return _of_length(self.masks, num_tokens, device=device, side=side)
 
-    def buckets_of(self, num_tokens: int, *, side: str = "") -> Tensor | None:
+    def buckets_of(self, num_tokens: int, *, device: torch.device, side: str = "") -> Tensor | None:
         """Return the buckets of a layer's tokens, ``(N,)``, or ``None`` if unknown."""
-        return _of_length(self.buckets, num_tokens, side=side)
+        return _of_length(self.buckets, num_tokens, device=device, side=side)
 
 
-def _of_length(by_side: Mapping[str, Tensor], length: int, *, side: str) -> Tensor | None:
-    for values_N in (by_side.get(side), *by_side.values()):
+def _of_length(
+    by_side: dict[str, Tensor], length: int, *, device: torch.device, side: str
+) -> Tensor | None:
+    for key in (side, *by_side):
+        values_N = by_side.get(key)
         if values_N is not None and values_N.shape[0] == length:
+            # A model may be spread over devices; what was brought to one is there for its layers.
+            by_side[key] = values_N = values_N.to(device, non_blocking=True)
             return values_N
     return None
 

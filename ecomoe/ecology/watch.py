@@ -278,6 +278,12 @@ class Watch:
         check_keys(
             state, {"sums": dict, "outcomes": list, "num_classes": optional}, name="state['watch']"
         )
+        outcomes = state["outcomes"]
+        if len(outcomes) != 3 or not all(isinstance(value, int | float) for value in outcomes):
+            raise ValueError(
+                f"state['watch']['outcomes']={outcomes!r} must be three numbers; pass what "
+                "Monitor.state_dict() returned"
+            )
         by_name = {tap.name: tap for tap in self.taps}
         if not set(state["sums"]) <= set(by_name):
             raise ValueError(
