@@ -112,3 +112,25 @@ def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
         return gap
     p, upper = found
     return f"{gap} (95 %: < {100 * upper / level:+.1f} %), p={p:.2g}"
+
+
+def promise(runs: list[Record]) -> str:
+    """Say in a few sentences whether the package's defaults keep what they promise."""
+    own = [run for run in runs if run["policy"] == "ecomoe"]
+    kept = sum(not any(run["dead"].values()) for run in own)
+    said = [
+        f"`ecomoe` ends with DEAD = 0 on both bases, in every layer, in {kept} of {len(own)} runs."
+    ]
+    for task in dict.fromkeys(run["task"] for run in own):
+        means = {
+            policy: spread([r["specialisation"] for r in runs if (r["task"], r["policy"]) == cell])
+            for policy, cell in ((name, (task, name)) for name in ("ecomoe", "none"))
+            if any((r["task"], r["policy"]) == cell for r in runs)
+        }
+        if len(means) == 2:
+            more = "more" if means["ecomoe"].mean > means["none"].mean else "less"
+            said.append(
+                f"{task}: routing tells {more} of the label (NMI {means['ecomoe'].mean:.3f}) than "
+                f"without balancing ({means['none'].mean:.3f})."
+            )
+    return " ".join(said)

@@ -7,6 +7,7 @@ import torch
 
 from ecomoe import EcoMoE
 from examples import balance_benchmark
+from examples.balance_table import promise, rows
 from examples.policies import POLICIES, BiasedRouter, LossFree, SwitchLoss
 
 
@@ -69,3 +70,34 @@ def test_switch_loss_is_least_when_even():
         layer.router.score.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
     layer(torch.randn(32, 8))
     assert policy.extra_loss().item() > 0.019
+
+
+def finished(policy, seed, *, loss=1.0, dead=(0, 0), information=0.2):
+    return {
+        "task": "text",
+        "policy": policy,
+        "seed": seed,
+        "loss": loss,
+        "dead": dict(zip(("top1", "topk"), dead, strict=True)),
+        "specialisation": information,
+    }
+
+
+def test_promise_is_broken_by_one_dead_expert_on_one_basis():
+    runs = [finished("ecomoe", 0), finished("ecomoe", 1, dead=(1, 0)), finished("switch", 0)]
+    said = promise([*runs, finished("none", 0, dead=(9, 9), information=0.3)])
+    assert "in 1 of 2 runs" in said
+    assert "less of the label (NMI 0.200) than without balancing (0.300)" in said
+
+
+def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():
+    # Seeds differ by far more than policies.
+    losses = {"ecomoe": (1.001, 2.001, 3.003), "switch": (1.0, 2.0, 3.0), "bias": (5.0, 5.0, 5.0)}
+    runs = [
+        finished(policy, seed, loss=loss)
+        for policy, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    own = next(cells for cells in rows(runs) if cells[1] == "ecomoe")
+    assert own[3].startswith("+0.1 % vs switch")
+    assert float(own[3].split("p=")[1]) < 0.01

@@ -18,7 +18,7 @@ from examples.experiments.analysis import (
     paired_not_worse,
     spread,
 )
-from examples.experiments.claims import CLAIMS
+from examples.experiments.claims import CLAIMS, FIRST_VERSION
 from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
 from examples.experiments.figures import revival
@@ -331,7 +331,11 @@ def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monke
     text = page.read_text()
     open_claims = [line for line in text.splitlines() if "| **not yet run** |" in line]
     # One needs more class counts than six conditions hold, one needs seeds.
-    assert [line.split(" | ")[0] for line in open_claims] == ["| 4", "| 11"]
+    assert [line.split(" | ")[0] for line in open_claims] == [
+        "| 4",
+        "| 11",
+        "| Task complexity shifts the critical E",
+    ]
     assert "| Balance benchmark | `python -m examples.balance_benchmark" in text
     assert text.count("\n| ") > len(CLAIMS)
     for claim in CLAIMS:
@@ -340,11 +344,30 @@ def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monke
     assert plots.read_text().count("<h2>") > len(EXPERIMENTS)
 
 
+def test_claim_4_sees_every_number_of_experts_by_a_relative_threshold():
+    def run(classes, num_experts, dead, e=1.0):
+        layer = {"num_experts": num_experts, "dead_relative": {"top1": dead}}
+        return {
+            "data": {"classes": classes},
+            "setting": {"name": "", "control": {"e": e}, "of": [classes, num_experts]},
+            "final": {"layers": [layer]},
+            "scale": "small",
+            "seed": 0,
+        }
+
+    judge = next(claim.judge for claim in CLAIMS if claim.label == "4")
+    found = {"low-e": {"runs": [run(10, 16, 0), run(10, 16, 9, e=0.3)]}}
+    found |= {"tiny-32": {"runs": [run(80, 32, 8), run(80, 16, 2)]}}
+    verdict = judge(found)
+    assert "10: 0.0 (1), 80: 3.0 (2)" in verdict.why
+    assert verdict.word == "reproduced"
+
+
 def test_evidence_without_results_names_every_command(tmp_path):
     page = tmp_path / "evidence.md"
     main(["evidence", "--results", str(tmp_path), "--to", str(page)])
     text = page.read_text()
-    assert text.count("**not yet run**") == len(CLAIMS)
+    assert text.count("**not yet run**") == len(CLAIMS) + len(FIRST_VERSION)
     for name in EXPERIMENTS:
         assert f"run {name} --scale small" in text
 
