@@ -118,8 +118,8 @@ class Recorder:
         found = [p for p in ([phase] if phase else PREFERENCE) if p in self.latest]
         if not found:
             raise ValueError(
-                f"phase={phase!r}: no token was seen yet; run the model while the monitor is "
-                "attached"
+                f"{f'phase={phase!r}: ' if phase else ''}no token was seen yet; run the model "
+                "while the monitor is attached"
             )
         return Report(
             self.latest[found[0]],

@@ -64,7 +64,8 @@ class Report:
                     records=records,
                 )
         raise ValueError(
-            f"phase={phase!r}: no token was seen yet; run the model while the monitor is attached"
+            f"{f'phase={phase!r}: ' if phase else ''}no token was seen yet; run the model while "
+            "the monitor is attached"
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:

@@ -234,7 +234,8 @@ class Watch:
                 "match",
                 f"{num_outcomes} predictions do not fit the tokens of the last evaluation pass, so "
                 "they count in the overall accuracy but not by expert; call evaluate after each "
-                "batch, with all outputs of that batch",
+                "batch, with all outputs of that batch, one a token (shift=True where position t "
+                "predicts t + 1, in place of cutting one off)",
             )
 
     def _begin_pass(self) -> None:
