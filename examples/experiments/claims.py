@@ -141,7 +141,7 @@ def _revival(found: Results) -> Verdict:
         slowest = f", at most {max(back):.0f} % of training after release" if back else ""
         parts.append(f"{name}: {len(back)} of {len(delays)} revived{slowest}")
         control, strength = runs[0]["setting"]["control"], runs[0]["setting"]["strength"]
-        balanced = control["balance_weight"] * strength > 0
+        balanced = control["balance_weight"] > 0 and strength != 0  # None is the layer's own
         (with_balance if balanced else without).extend(d in back for d in delays)
     why = "; ".join(parts) + "."
     if not all(with_balance):
