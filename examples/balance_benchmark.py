@@ -350,8 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
                     dead = result.get("dead", "no experts")
                     progress.console.print(f"{label}: loss {result['loss']:.4f}, DEAD {dead}")
                     content = {
-                        "command": "python -m examples.balance_benchmark "
-                        f"--scale {options.scale} --seeds {options.seeds} --data DIR --data TEXT",
+                        "command": _command(options, tasks),
                         "images": images.name,
                         "text": text.name,
                         "size": asdict(size),
@@ -360,6 +359,16 @@ def main(arguments: list[str] | None = None) -> None:
                     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
     console.print(table(runs))
     console.print(f"results: {path}")
+
+
+def _command(options: argparse.Namespace, tasks: tuple[str, ...]) -> str:
+    """Return the command that repeats these runs."""
+    parts = ["python -m examples.balance_benchmark", f"--scale {options.scale}"]
+    if list(options.tasks) != list(tasks):
+        parts.append(f"--tasks {' '.join(options.tasks)}")
+    if list(options.policies) != list(POLICIES):
+        parts.append(f"--policies {' '.join(options.policies)}")
+    return " ".join([*parts, f"--seeds {options.seeds}", "--data DIR --data TEXT"])
 
 
 if __name__ == "__main__":

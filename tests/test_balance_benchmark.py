@@ -15,7 +15,11 @@ def test_every_task_runs_under_every_policy_once(tmp_path, capsys):
     arguments = ["--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)]
     balance_benchmark.main(arguments)
     path = tmp_path / "balance-smoke.json"
-    runs = json.loads(path.read_text())["runs"]
+    content = json.loads(path.read_text())
+    assert content["command"] == (
+        "python -m examples.balance_benchmark --scale smoke --seeds 1 --data DIR --data TEXT"
+    )
+    runs = content["runs"]
     assert {(run["task"], run["policy"]) for run in runs} == {
         (task, policy) for task in ("heads", "vit", "text", "upcycle") for policy in POLICIES
     }
@@ -24,6 +28,10 @@ def test_every_task_runs_under_every_policy_once(tmp_path, capsys):
     times = [run["seconds"] for run in runs]
     balance_benchmark.main(arguments)
     assert [run["seconds"] for run in json.loads(path.read_text())["runs"]] == times
+    few = ["--tasks", "vit", "--policies", "bias", "none"]
+    balance_benchmark.main([*arguments, *few, "--results", str(tmp_path / "few.json")])
+    command = json.loads((tmp_path / "few.json").read_text())["command"]
+    assert "--scale smoke --tasks vit --policies bias none --seeds 1" in command
     balance_benchmark.main(["--table", "--results", str(path)])
     assert "upcycle" in capsys.readouterr().out
 
