@@ -207,6 +207,14 @@ class TestVerdicts:
         assert roles.word == "reproduced"
         assert found["The advantage of depth is one of underfitting"].word == "out of reach"
 
+    def test_simpler_routers(self):
+        claim = "Hash, random-fixed and top-1 degrade gracefully (3 to 6.5 %)"
+        assert self.made(hash_1x12=31.5)[claim].word == "reproduced"
+        assert self.made(top_1=33.0)[claim].word == "refuted"
+        unsure = self.made(top_1_0=29.0, top_1_1=34.0)[claim]
+        assert unsure.word == "out of reach"
+        assert "leave it open" in unsure.why
+
     def test_dense_twins(self):
         claim = "MoE beats dense at equal FLOPs, not at equal parameters"
         numbers = {"dense__same_FLOPs": 32.0, "dense__same_parameters": 28.0}
