@@ -80,7 +80,7 @@ REFUSED = [
     ({"dtype": torch.float8_e4m3fn}, ["dtype=torch.float8_e4m3fn", "16 bits", "pass"]),
     (
         {"router_options": {"d_space": 8}},
-        ["'d_space'", "router='mlp' takes no options", "leave out"],
+        ["'d_space'", "router='linear' takes no options", "leave out"],
     ),
     ({"device": "abacus"}, ["device='abacus'", "name a device", "pass"]),
     ({"strength": 1e308}, ["strength=1e+308", "finite", "change strength"]),
