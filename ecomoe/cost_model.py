@@ -1,8 +1,8 @@
 """What a sparse layer costs on paper: FLOPs, bytes moved, memory, and traffic between devices.
 
-Time is modelled as ``FLOPs / rate + bytes / bandwidth``: every operand is read once and every
-result written once, and neither hides behind the other. `docs/benchmarks.md` says how near that
-comes to what is measured.
+Every operation reads its operands once and writes its result once, and takes as long as its
+arithmetic or its memory traffic, whichever is longer: Williams, Waterman and Patterson's roofline
+(2009). `docs/benchmarks.md` says how near that comes to what is measured.
 
 Axes: N tokens, D features, H hidden features of an expert, E experts, K experts chosen for a token,
 S = N * K slots.
@@ -20,23 +20,44 @@ ROUTER_BYTES = 4  # the router computes in fp32
 
 
 @dataclass(frozen=True)
-class Work:
-    """Arithmetic and memory traffic.
+class Operation:
+    """One pass over its operands.
 
     Attributes:
         flops: Floating-point operations, a multiply-add counted as two.
         bytes: Bytes read from and written to memory.
     """
 
-    flops: float = 0.0
-    bytes: float = 0.0
+    flops: float
+    bytes: float
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the time on a machine: of arithmetic or of memory, whichever is longer."""
+        return max(self.flops / machine.flops_per_second, self.bytes / machine.bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, one after the other."""
+
+    operations: tuple[Operation, ...] = ()
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.operations + other.operations)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations in all."""
+        return sum(operation.flops for operation in self.operations)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes moved in all."""
+        return sum(operation.bytes for operation in self.operations)
 
     def seconds(self, machine: Machine) -> float:
         """Return the time on a machine."""
-        return self.flops / machine.flops_per_second + self.bytes / machine.bytes_per_second
+        return sum(operation.seconds(machine) for operation in self.operations)
 
 
 @dataclass(frozen=True)
@@ -172,47 +193,55 @@ def experts_in_use(layer: LayerShape, *, tokens: int) -> float:
 def experts_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
     """Return the work of the experts' products and activations on their slots.
 
-    Training is forward and backward. The backward pass computes each product twice over (for inputs
-    and for weights), reads the weights again, and writes a gradient for every expert, in use or
-    not.
+    Training is forward and backward. The backward pass computes each product twice over, for its
+    inputs and for its weights; it reads the weights again, and writes a gradient for every expert,
+    in use or not.
     """
     slots = tokens * layer.top_k
-    flops = 2.0 * slots * layer.expert_parameters
-    used = experts_in_use(layer, tokens=tokens) * layer.expert_parameters
-    rows = slots * layer.d_model
-    first = slots * layer.d_hidden * (layer.matrices - 1)  # hidden features before the activation
-    hidden = slots * layer.d_hidden
-    # Products read rows and weights and write their result; the activation reads and writes once.
-    values = rows + first + (first + hidden) + hidden + rows + used
+    used = experts_in_use(layer, tokens=tokens)
+    matrix = layer.d_model * layer.d_hidden
+    ups = layer.matrices - 1
+    rows, hidden = slots * layer.d_model, slots * layer.d_hidden
+
+    def moving(values: float, flops: float = 0.0) -> Operation:
+        return Operation(flops, values * layer.itemsize)
+
+    up_flops, down_flops = 2.0 * slots * ups * matrix, 2.0 * slots * matrix
+    operations = [
+        moving(rows + used * ups * matrix + ups * hidden, up_flops),
+        moving(ups * hidden + hidden),
+        moving(hidden + used * matrix + rows, down_flops),
+    ]
     if training:
-        flops *= 3.0
-        # Down: reads the gradient twice, the hidden features once, writes theirs. Activation.
-        # Up: reads the gradient twice, the rows once, writes theirs.
-        values += 2 * rows + 2 * hidden + (first + hidden + first) + 2 * first + 2 * rows
-        values += used + layer.num_experts * layer.expert_parameters
-    return Work(flops, values * layer.itemsize)
+        operations += [
+            moving(rows + used * matrix + hidden, down_flops),
+            moving(rows + hidden + layer.num_experts * matrix, down_flops),
+            moving(hidden + 2 * ups * hidden),
+            moving(ups * hidden + used * ups * matrix + rows, up_flops),
+            moving(ups * hidden + rows + layer.num_experts * ups * matrix, up_flops),
+        ]
+    return Work(tuple(operations))
 
 
 def dispatch_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
-    """Return the work of moving tokens to slots and weighing their results into tokens.
+    """Return the work of bringing tokens to slots and slots to tokens.
 
-    Forward reads and writes the slots once each way, backward the same.
+    Each way reads the one and writes the other; backward does the same. Products read and write
+    the slots once more, which `experts_work` counts.
     """
-    passes = 4 if training else 2
-    values = passes * 2 * tokens * layer.top_k * layer.d_model
-    return Work(0.0, values * layer.itemsize)
+    once = tokens * layer.d_model * (1 + layer.top_k) * layer.itemsize
+    return Work((Operation(0.0, float(once)),) * (4 if training else 2))
 
 
 def router_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
     """Return the work of the router's products, and of a softmax and the losses on its logits."""
     flops = 2.0 * tokens * layer.router_parameters
-    # Logits are read and written by softmax, top-k, gates and, in training, each loss.
     logits, hidden = tokens * layer.num_experts, tokens * layer.router_hidden
-    values = tokens * layer.d_model + 2 * hidden + 6 * logits
-    if training:
-        flops *= 3.0
-        values = 3 * values + 6 * logits
-    return Work(flops, values * ROUTER_BYTES)
+    moved = tokens * layer.d_model + 2 * hidden + logits
+    # Logits are read and written by softmax, top-k, gates and, in training, each loss.
+    scored = 6 * logits * (3 if training else 1)
+    products = (Operation(flops, moved * ROUTER_BYTES),) * (3 if training else 1)
+    return Work((*products, Operation(0.0, scored * ROUTER_BYTES)))
 
 
 def layer_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:

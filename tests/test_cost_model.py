@@ -7,7 +7,7 @@ import pytest
 from ecomoe import cost_model as cost
 from ecomoe import costing
 from ecomoe.cli import main
-from ecomoe.cost_model import Cluster, LayerShape, Machine, Work
+from ecomoe.cost_model import Cluster, LayerShape, Machine, Operation, Work
 
 # D=4, H=8, 2 experts, one a token: an expert has 2 * 4 * 8 = 64 weights.
 TINY = LayerShape(4, 8, num_experts=2, top_k=1, router_hidden=0)
@@ -28,13 +28,29 @@ def test_experts_work_by_hand():
     one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
     forward = cost.experts_work(one, tokens=10, training=False)
     assert forward.flops == 2 * 10 * 64
-    # rows 40, hidden before 80, activation 80 + 80, hidden again 80, rows out 40, weights 64.
-    assert forward.bytes == 4 * (40 + 80 + 160 + 80 + 40 + 64)
+    # Up: rows 40, weights 32, hidden 80. Activation 80 + 80. Down: hidden 80, weights 32, rows 40.
+    assert [operation.bytes for operation in forward.operations] == [4 * 152, 4 * 160, 4 * 152]
     step = cost.experts_work(one, tokens=10)
     assert step.flops == 3 * forward.flops
-    # gradient in twice 80, hidden in and out 160, activation 240, gradient twice 160, rows in and
-    # out 80, weights read and written 128.
-    assert step.bytes == forward.bytes + 4 * (80 + 160 + 240 + 160 + 80 + 128)
+    # Each product twice over, the same operands in other places; the activation reads two and
+    # writes one.
+    backward = [4 * 152, 4 * 152, 4 * 240, 4 * 152, 4 * 152]
+    assert [operation.bytes for operation in step.operations[3:]] == backward
+
+
+def test_gated_experts_have_twice_the_hidden_features_before_the_activation():
+    gated = LayerShape(4, 8, num_experts=1, top_k=1, gated=True, router_hidden=0)
+    up, activation, down = cost.experts_work(gated, tokens=10, training=False).operations
+    assert (up.flops, down.flops) == (2 * 10 * 64, 2 * 10 * 32)
+    assert (up.bytes, activation.bytes) == (4 * (40 + 64 + 160), 4 * (160 + 80))
+
+
+def test_dispatch_and_router_by_hand():
+    # 10 tokens of 4 features to 10 slots and back: 4 passes of 40 + 40 values.
+    assert cost.dispatch_work(TINY, tokens=10).bytes == 4 * 4 * 80
+    router = cost.router_work(TINY, tokens=10, training=False)
+    assert router.flops == 2 * 10 * 8
+    assert router.bytes == 4 * (40 + 20) + 4 * 6 * 20
 
 
 def test_every_expert_gets_a_gradient_and_the_used_alone_are_read():
@@ -76,9 +92,10 @@ def test_limits_of_the_ratio():
     assert ratio == pytest.approx(sparse.bytes / dense.bytes)
 
 
-def test_work_adds_and_takes_time():
-    assert Work(1.0, 2.0) + Work(3.0, 4.0) == Work(4.0, 6.0)
-    assert Work(2e9, 1e9).seconds(MACHINE) == pytest.approx(3.0)
+def test_an_operation_takes_its_longer_part_and_work_adds():
+    work = Work((Operation(2e9, 1e9),)) + Work((Operation(1e9, 4e9),))
+    assert (work.flops, work.bytes) == (3e9, 5e9)
+    assert work.seconds(MACHINE) == pytest.approx(2.0 + 4.0)
 
 
 def test_optimizer():
