@@ -52,7 +52,7 @@ def test_both_take_their_own_number_of_steps_to_the_end_of_their_schedules(task,
 
 def test_the_twins_have_equal_active_weights_and_equal_shared_ones(task):
     for top_k in (1, 2):
-        plan = replace(PLAN, top_k=top_k)
+        plan = replace(PLAN, top_k=top_k, convert={})
         dense = race.TextTask(task.text, plan).build()
         sparse = race.sparse_twin(dense, plan)
         layers = [module for module in sparse.modules() if isinstance(module, EcoMoE)]
@@ -71,27 +71,38 @@ def test_the_learning_rate_warms_up_and_comes_down(task):
     assert shares[100] == pytest.approx(0.02)
 
 
-def racer_of(task, curve):
-    racer = race.Racer(task.build(), task, steps=10)
-    racer.seconds = [1.0]
-    racer.curve = [
-        {"step": step, "seconds": float(seconds), "loss": loss} for step, seconds, loss in curve
+def curve(*points):
+    return [
+        {"step": step, "seconds": float(seconds), "loss": loss} for step, seconds, loss in points
     ]
-    return racer
 
 
-def test_outcome_says_when_the_sparse_model_was_as_good(task):
-    dense = racer_of(task, [(5, 50, 3.0), (10, 100, 2.0)])
-    sparse = racer_of(task, [(5, 60, 2.5), (8, 90, 2.0), (10, 120, 1.5)])
-    assert race.outcome({"dense": dense, "ecomoe": sparse})["reached"] == 0.9
-    assert race.outcome({"dense": sparse, "ecomoe": dense})["reached"] is None
+def test_outcome_says_when_the_sparse_model_was_as_good():
+    dense = curve((5, 50, 3.0), (10, 100, 2.0))
+    sparse = curve((5, 60, 2.5), (8, 90, 2.0), (10, 120, 1.5))
+    found = race.outcome({"dense": dense, "ecomoe": sparse}, step_over_dense=1.2)
+    assert found["reached"] == 0.9
+    found = race.outcome({"dense": sparse, "ecomoe": dense}, step_over_dense=1.2)
+    assert found["reached"] is None
+
+
+def test_at_a_pace_seconds_are_steps_times_it():
+    found = {"seed": 0, "dense": curve((10, 999, 2.0)), "ecomoe": curve((4, 1, 2.0))}
+    paced = race.at_pace(found, {"dense": 1.0, "ecomoe": 1.5})
+    assert paced["dense"][0]["seconds"] == 10.0
+    assert paced["result"]["reached"] == 4 * 1.5 / 10
+    assert paced["result"]["step_over_dense"] == 1.5
+
+
+def test_pace_is_of_both_models(task):
+    assert set(race.pace(task, rounds=1)) == {"dense", "ecomoe"}
 
 
 def test_command_writes_results_and_refuses_other_sizes(tmp_path, monkeypatch, capsys):
     source = tmp_path / "text.txt"
     source.write_bytes(bytes(range(256)) * 100)
     out = tmp_path / "race.json"
-    sizes = ["--steps", "2", "--sparse-steps", "2", "--d-model", "16", "--layers", "1"]
+    sizes = ["--steps", "2", "--sparse-steps", "2", "--d-model", "16", "--layers", "2"]
     sizes += ["--batch", "2", "--threads", "1", "--seeds", "1", "--data", str(source)]
     monkeypatch.setattr(race, "CONTEXT", 8)
     race.main(["gpt", *sizes, "--out", str(out)])
@@ -99,7 +110,7 @@ def test_command_writes_results_and_refuses_other_sizes(tmp_path, monkeypatch, c
     assert content["runs"]["0"]["result"]["dense"]["step"] == 2
     assert "seed 0: dense" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        race.main(["gpt", *sizes, "--experts", "16", "--out", str(out)])
+        race.main(["gpt", *sizes, "--experts", "8", "--out", str(out)])
     assert "holds a race of other sizes" in capsys.readouterr().err
 
 
@@ -108,6 +119,6 @@ def test_images_race_too(tmp_path):
     pixels = torch.randn(40, 1, 8, 8, generator=generator)
     labels = torch.randint(4, (40,), generator=generator)
     images = Images("made up", (pixels, labels), (pixels, labels), list("abcd"))
-    plan = replace(race.PLANS["vit"], steps=2, sparse_steps=2, batch=4, d_model=16, layers=1)
+    plan = replace(race.PLANS["vit"], steps=2, sparse_steps=2, batch=4, d_model=16, layers=2)
     found = race.race(race.ImageTask(images, plan), 0, until=never, state=tmp_path / "s.pt")
     assert found["result"]["step_over_dense"] > 0

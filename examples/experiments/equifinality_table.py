@@ -186,7 +186,7 @@ def verdicts(content: Record) -> list[tuple[str, Verdict]]:
     tested = compare_conditions(_tested(content), margin=margin_of(content))
     pairs = {frozenset(pair["conditions"]): pair for pair in tested["pairs"]}
     means = tested["means"]
-    found = [
+    return [
         ("Five cosine topologies are equivalent", _equifinal(pairs)),
         (
             "A linear router is better, and iso-parameter cosine closes most of it",
@@ -200,16 +200,6 @@ def verdicts(content: Record) -> list[tuple[str, Verdict]]:
         ("MoE beats dense at equal FLOPs, not at equal parameters", _dense(pairs, means)),
         ("Experts' roles overlap across seeds, their weights do not", _roles(content)),
     ]
-    if content["equifinality"] != "paper":
-        # The paper's perplexities are those of converged models; these refute nothing.
-        return [(claim, _unconverged(verdict)) for claim, verdict in found]
-    return found
-
-
-def _unconverged(verdict: Verdict) -> Verdict:
-    if verdict.word != "refuted":
-        return verdict
-    return Verdict("out of reach", f"{verdict.why} Not so this early in training.")
 
 
 def _word(pair: Record) -> str:
