@@ -33,6 +33,6 @@ wheel: .venv/installed
 
 # Minutes on an idle machine; what is measured already is kept (`--again` measures it anew).
 bench: .venv/installed
-	KINETO_LOG_LEVEL=99 $(BIN)/python -m tests.benchmarks.layer --quick
+	$(BIN)/python -m tests.benchmarks.layer --quick
 	$(BIN)/python -m tests.benchmarks.models --quick
 	$(BIN)/python -m tests.benchmarks.page

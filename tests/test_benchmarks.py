@@ -10,7 +10,7 @@ from ecomoe.cost_model import Machine
 from tests.benchmarks import aims, layer, page, plots, shapes
 from tests.benchmarks.contenders import Forced, PeerRouter, build_ours, build_transformers
 from tests.benchmarks.shapes import LARGE, Shape
-from tests.benchmarks.timing import Contender, paired, quartiles, race
+from tests.benchmarks.timing import STATUS, Contender, paired, quartiles, race
 
 SMALL = Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
 MACHINES = {name: Machine(1e11, 1e10) for name in ("fp32", "bf16")}
@@ -66,14 +66,15 @@ def test_saved_bytes_counts_each_storage_once_and_no_weight():
     assert found == 10 * 8 * 4 + 10 * 4 * 4
 
 
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell")
 def test_peak_bytes_sees_what_is_freed_again():
     class Detour(nn.Module):
         def forward(self, x_ND):
-            wide = torch.ones(1_000_000)
+            wide = torch.ones(10_000_000)
             return x_ND * wide.sum()
 
     peak = Contender("detour", Detour()).peak_bytes(torch.randn(2, 2), torch.ones(2, 2))
-    assert 4_000_000 <= peak < 4_100_000
+    assert 36_000_000 <= peak < 60_000_000
 
 
 def test_every_round_has_all_contenders_and_slow_ones_have_fewer():

@@ -223,7 +223,7 @@ def builders(
     for name in ("grouped_mm", "eager", "batched_mm"):
         found[name] = lambda name=name: build_transformers(shape, forced, name)
     if copied > COPY_LIMIT:
-        found["batched_mm"] = f"would copy {copied / 2**20:,.0f} MiB of weights"
+        found["batched_mm"] = f"would copy over {COPY_LIMIT / 2**20:.0f} MiB of weights"
     if shape.num_experts >= 256 and shape.d_model >= 512:
         found["eager"] = "needs a step of minutes"
     found["st_moe"] = lambda: build_st_moe(shape)

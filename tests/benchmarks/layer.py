@@ -11,7 +11,7 @@ import argparse
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,10 @@ from tests.benchmarks.timing import Contender, paired, quartiles, race
 KINDS = ("forward", "both")
 
 
-def measure(
-    shape: Shape,
-    *,
-    device: torch.device,
-    seconds: float,
-    fewest: int,
-    most: int,
-    compiled: bool,
-    only: list[str] | None,
-) -> dict[str, Any]:
-    """Measure one shape; return its record."""
+def prepare(
+    shape: Shape, *, device: torch.device, compiled: bool, only: list[str] | None
+) -> tuple[list[Contender], dict[str, str], Callable[[], tuple[Tensor, Tensor]]]:
+    """Return the contenders, dense and ours first, why others are left out, and what draws."""
     torch.manual_seed(0)
     forced, generator = Forced(), torch.Generator().manual_seed(0)
     dtype = DTYPES[shape.dtype]
@@ -54,17 +47,45 @@ def measure(
             left_out[name] = module
         else:
             contenders.append(Contender(name, module))
-    dense, ours = contenders[:2]
 
     def draw() -> tuple[Tensor, Tensor]:
         forced.draw(shape, generator, device)
         x_ND, grad_ND = torch.randn(2, shape.tokens, shape.d_model, generator=generator)
         return x_ND.to(device, dtype), grad_ND.to(device, dtype)
 
+    return contenders, left_out, draw
+
+
+def memory(
+    contenders: list[Contender], draw: Callable[[], tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, int | None]]:
+    """Return what each contender keeps for backward, and its peak in a first call."""
     x_ND, grad_ND = draw()
-    memory = {
-        each.name: (each.peak_bytes(x_ND, grad_ND), each.saved_bytes(x_ND)) for each in contenders
+    small = nn.Linear(16, 16).to(x_ND.device, x_ND.dtype)  # the libraries allocate for themselves
+    Contender("small", small).call("both", x_ND.new_ones(16, 16), x_ND.new_ones(16, 16))
+    return {
+        each.name: {
+            "peak_bytes": each.peak_bytes(x_ND, grad_ND),
+            "saved_bytes": each.saved_bytes(x_ND),
+        }
+        for each in contenders
     }
+
+
+def measure(
+    shape: Shape,
+    *,
+    device: torch.device,
+    seconds: float,
+    fewest: int,
+    most: int,
+    compiled: bool,
+    only: list[str] | None,
+) -> dict[str, Any]:
+    """Measure one shape; return its record."""
+    contenders, left_out, draw = prepare(shape, device=device, compiled=compiled, only=only)
+    dense, ours = contenders[:2]
+    held = memory(contenders, draw)
     # The same layer with its routing decided beforehand, to tell the router's and losses' share.
     contenders.insert(2, Contender("routed", ours.module, around=decided_beforehand(ours.module)))
     race(contenders, KINDS, draw, seconds=seconds, fewest=fewest, most=most)
@@ -78,9 +99,7 @@ def measure(
                 "over_dense": paired(each, dense, kind),
                 "over_ecomoe": paired(each, ours, kind),
             }
-        if each.name in memory:
-            found["peak_bytes"], found["saved_bytes"] = memory[each.name]
-        record["contenders"][each.name] = found
+        record["contenders"][each.name] = {**found, **held.get(each.name, {})}
     return record
 
 

@@ -58,8 +58,9 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
         "transformers' Mixtral block with `grouped_mm`, `eager` and `batched_mm`, which drop no "
         "token; plain shapes hold plain experts in the same block. *ours / peer* below 1 means "
         "that this package is faster. *Model* is what the cost model predicts of forward + "
-        "backward over dense. *Saved* is kept for backward, *peak* is what forward and backward "
-        "allocate at most, gradients included; both over the dense twin's. *Router* is the share "
+        "backward over dense. *Saved* is kept for backward, *peak* is by how much a first forward "
+        "and backward pass raises the resident memory, gradients of all experts included; both "
+        "over the dense twin's. *Router* is the share "
         "of router and losses in forward + backward.",
         _layers(records, machines),
         "![Time over the dense FFN](benchmarks.svg)",
@@ -111,7 +112,7 @@ def _layers(records: Records, machines: dict[str, Machine]) -> str:
             "-" if st_moe is None else f"{st_moe['both']['over_dense'][1]:.2f}",
             f"{predicted(shape, machines[shape.dtype]):.2f}",
             f"{ours['saved_bytes'] / dense['saved_bytes']:.2f}",
-            f"{ours['peak_bytes'] / dense['peak_bytes']:.2f}",
+            f"{ours['peak_bytes'] / dense['peak_bytes']:.2f}" if dense["peak_bytes"] else "-",
             f"{router_share(record):.1%}",
             str(ours["both"]["rounds"]),
         ]
@@ -153,12 +154,12 @@ def _cost_model(records: Records, machines: dict[str, Machine]) -> str:
         rows.append((abs(off), f"{described(shape)}: {off:+.0%}"))
     outside = [text for off, text in sorted(rows, reverse=True) if off > 0.25]
     text = (
-        "`ecomoe cost` (`ecomoe/cost_model.py`) predicts time as FLOPs over the rate plus bytes "
-        "over the bandwidth above, two constants a dtype. Over the dense FFN, forward + backward, "
-        f"it is within 25 % of what is measured at {within} of {len(rows)} shapes."
+        "`ecomoe cost` (`ecomoe/cost_model.py`) predicts that each operation takes as long as its "
+        "FLOPs or its bytes at the rates above, two constants a dtype. Over the dense FFN, forward "
+        f"+ backward, it is within 25 % of what is measured at {within} of {len(rows)} shapes."
     )
     if outside:
-        text += " It is farther off here, where each product's own overhead decides: "
+        text += " Farther off: "
         text += "; ".join(outside) + "."
     return text
 
@@ -219,7 +220,13 @@ def _races(races: dict[str, Any]) -> Iterable[str]:
     )  # fmt: skip
     yield _table(heads, rows)
     for name, race in races.items():
-        yield f"![Loss against seconds, {name}](race-{name}.svg)\n\n{race['setting']}"
+        text = f"![Loss against seconds, {name}](race-{name}.svg)\n\n{race['setting']}"
+        if "pace" in race:
+            steps = ", ".join(
+                f"{name} {1e3 * spent:.0f} ms" for name, spent in race["pace"].items()
+            )
+            text += f" Seconds are steps times what a step takes on an idle machine: {steps}."
+        yield text
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

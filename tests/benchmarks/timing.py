@@ -5,17 +5,22 @@ Axes: N tokens, D features.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ecomoe
+
+STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 SLOW = 3.0  # over the dense twin: what is slower is called in fewer rounds
 HOPELESS = 12.0  # what is slower than this is called in the first rounds alone
@@ -71,32 +76,30 @@ class Contender:
         with self.around(x_ND):
             yield
 
-    def peak_bytes(self, x_ND: Tensor, grad_ND: Tensor) -> int:
-        """Return by how much a forward and backward pass raises the allocated memory at its peak.
+    def peak_bytes(self, x_ND: Tensor, grad_ND: Tensor) -> int | None:
+        """Return by how much a forward and backward pass raises the memory in use at its peak.
 
-        Gradients of the weights are in it; weights, input and output gradient are not.
+        Gradients of the weights are in it; weights, input and output gradient are not. On a CPU it
+        is the process's resident memory: the first call alone tells, since later ones find memory
+        that the first left behind. None where the system does not tell.
         """
         self.module.train()
         self.module.zero_grad(set_to_none=True)
         x_ND = x_ND.detach().requires_grad_()
-        if x_ND.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            with self._prepared(x_ND):
+        with self._prepared(x_ND):
+            if x_ND.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
                 self.run(x_ND, grad_ND)
-            return torch.cuda.max_memory_allocated() - before
-        activity = [torch.profiler.ProfilerActivity.CPU]
-        with (
-            self._prepared(x_ND),
-            torch.profiler.profile(activities=activity, profile_memory=True) as profile,
-        ):
+                return torch.cuda.max_memory_allocated() - before
+            if not STATUS.exists():
+                return None
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            RESET_PEAK.write_text("5")
+            resident = _of_process("VmRSS")
             self.run(x_ND, grad_ND)
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
+            return _of_process("VmHWM") - resident
 
     def saved_bytes(self, x_ND: Tensor) -> int:
         """Return the bytes kept for backward: each storage once, weights left out."""
@@ -116,6 +119,12 @@ class Contender:
         total = sum(storage.nbytes() for storage in kept.values())
         del y_ND
         return total
+
+
+def _of_process(name: str) -> int:
+    """Return a size of this process in bytes, as Linux tells it."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return 1024 * int(line.split()[1])
 
 
 def now(like: Tensor) -> float:
