@@ -380,6 +380,11 @@ def _promise(found: Results) -> Verdict:
         f"of {len(runs)} runs, {broken['top1']} end with dead experts on top1 (at worst {worst} in "
         f"all layers together) and {broken['topk']} on topk."
     )
+    rates = {
+        run["setting"]["rate"] for run, entry in zip(runs, dead, strict=True) if any(entry.values())
+    }
+    if rates:
+        why += f" Learning rates of those: x {', x '.join(f'{rate:g}' for rate in sorted(rates))}."
     return Verdict("refuted" if any(broken.values()) else "reproduced", why)
 
 
