@@ -25,8 +25,8 @@ from ecomoe.pieces import for_host
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast prescribes on the tensor's device, if it is at work there."""
     kind = tensor.device.type
-    if tensor.is_meta or not torch.is_autocast_enabled(kind):
-        return None
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None  # fp64 stays, as in `F.linear`
     return torch.get_autocast_dtype(kind)
 
 

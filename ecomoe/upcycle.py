@@ -29,25 +29,31 @@ class Projection(NamedTuple):
     Attributes:
         weight: (out, in), often a view of the dense block's own parameter.
         bias: (out), or ``None``.
-        trainable: Whether the dense parameter asks for a gradient.
+        trainable: Whether the dense weight asks for a gradient.
+        bias_trainable: Whether the dense bias does.
     """
 
     weight: Tensor
     bias: Tensor | None
     trainable: bool
+    bias_trainable: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Projection:
         """Take a weight (out, in) and a bias from their graph."""
         return cls(
-            weight.detach(), None if bias is None else bias.detach(), bool(weight.requires_grad)
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            bool(weight.requires_grad),
+            bias is not None and bool(bias.requires_grad),
         )
 
     def split(self, sections: int) -> list[Projection]:
         """Return equal parts of the output features, first to last."""
         weights = self.weight.chunk(sections)
         biases = [None] * sections if self.bias is None else self.bias.chunk(sections)
-        return [Projection(w, b, self.trainable) for w, b in zip(weights, biases, strict=True)]
+        asks = (self.trainable, self.bias_trainable)
+        return [Projection(w, b, *asks) for w, b in zip(weights, biases, strict=True)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -164,8 +170,9 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
             continue
         if all(source.bias is None for source in dense):
             proj.bias = None
-        for parameter in proj.parameters():
-            parameter.requires_grad_(any(source.trainable for source in dense))
+        proj.weight.requires_grad_(any(source.trainable for source in dense))
+        if proj.bias is not None:
+            proj.bias.requires_grad_(any(source.bias_trainable for source in dense))
         if init == "random":
             _draw_all(proj, dense)
     if init == "random":

@@ -145,6 +145,15 @@ def test_frozen_blocks_stay_frozen():
     assert all(p.requires_grad for p in free.parameters())
 
 
+def test_biases_that_alone_are_trained_are_so_in_the_experts():
+    model = vit()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    ecomoe.convert(model, tiers=(2, 2), verbose=False)
+    for name, parameter in model.blocks[0].mlp.experts.named_parameters():
+        assert parameter.requires_grad == name.endswith("bias"), name
+
+
 def test_meta_model_converts_and_takes_weights():
     with torch.device("meta"):
         model = vit()

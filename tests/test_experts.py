@@ -147,3 +147,12 @@ def test_a_shared_norm_and_an_activation_with_parameters_are_trained():
     run(experts, torch.randn(6, 4), torch.tensor([[0, 1]] * 6)).square().sum().backward()
     assert activation.weight.grad.any()
     assert norm.weight.grad.any()
+
+
+def test_autocast_leaves_fp64_alone_as_it_does_in_linear_maps():
+    experts = FFNExperts(4, 3, num_experts=2, dtype=torch.float64)
+    x_ND, ids_NK = torch.randn(5, 4, dtype=torch.float64), torch.tensor([[0], [1], [1], [0], [1]])
+    want = run(experts, x_ND, ids_NK)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x_ND, x_ND).dtype == torch.float64
+        assert torch.equal(run(experts, x_ND, ids_NK), want)
