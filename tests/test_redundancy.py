@@ -26,7 +26,7 @@ def everywhere(outputs_MEF):
 def measured(outputs_MEF, valid_M=None):
     valid_M = everywhere(outputs_MEF) if valid_M is None else valid_M
     sums = similarity_counts(outputs_MEF, valid_M=valid_M)
-    return {name: value.item() for name, value in sums.items()}
+    return {name: value.item() for name, value in sums.items() if name != "alike"}
 
 
 def hsic(first_MF, second_MF):
@@ -219,3 +219,29 @@ def test_experts_that_cannot_be_asked_do_no_harm(monkeypatch):
         layers = monitor.report("eval").to_dict()["layers"]
     assert [layer["redundancy"] for layer in layers] == [None] * 3
     assert all(layer["verified"] for layer in layers)
+
+
+def test_names_the_experts_that_could_stand_in_for_each_other():
+    layer = ecomoe.EcoMoE(8, 16, tiers=(2, 2), top_k=1)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[3] = parameter[1]
+    with ecomoe.Monitor(layer, total_steps=1) as monitor:
+        layer.eval()(torch.randn(64, 8))
+        record = monitor.report().to_dict()["layers"][0]["redundancy"]
+    assert record["nearest"][1] == 3
+    assert record["nearest"][3] == 1
+    assert record["nearest_cosine"][1] == pytest.approx(1.0)
+    assert max(record["nearest_cosine"][0], record["nearest_cosine"][2]) < 0.9
+
+
+@pytest.mark.parametrize("num_experts", [1, 300])
+def test_pairs_of_none_or_too_many_are_left_out(num_experts):
+    layer = ecomoe.EcoMoE(8, 2, tiers=(num_experts,), top_k=1)
+    with ecomoe.Monitor(layer, total_steps=1) as monitor:
+        layer.eval()(torch.randn(64, 8))
+        record = monitor.report().to_dict()["layers"][0]["redundancy"]
+    assert (record is None) == (num_experts == 1)
+    if record is not None:
+        assert record["nearest"] is None
+        assert record["cosine"] is not None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ecomoe.control import Control
-from ecomoe.ecology import statistics, taxonomy, tiers
+from ecomoe.ecology import redundancy, statistics, taxonomy, tiers
 from ecomoe.ecology.statistics import BASES, LABEL_KINDS, Basis, LabelKind, Layout
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -215,10 +215,16 @@ def _redundancy_record(sums: Mapping[str, Tensor]) -> Record | None:
     compared, aligned = sums["compared"].item(), sums["aligned"].item()
     if not compared:
         return None
+    nearest = None
+    if sums["alike"].numel():
+        nearest = redundancy.nearest_experts(sums["alike"], compared)
     return {
         "probes": int(compared),
         "cosine": rounded(sums["cosine"].item() / compared),
         "cka": rounded(sums["cka"].item() / aligned) if aligned else None,
+        # For each expert the one most like it, and their mean cosine.
+        "nearest": None if nearest is None else [expert for expert, _ in nearest],
+        "nearest_cosine": None if nearest is None else [rounded(cosine) for _, cosine in nearest],
     }
 
 

@@ -54,8 +54,9 @@ class Layout:
         By expert: ``top1`` first choices, ``topk`` slots, ``executed`` slots as the experts
         themselves received them, ``gate`` mass, ``judged`` first choices with a known outcome, of
         which ``correct``, ``easy`` and ``hard``.
-        By pairs of experts: ``pairs``, tokens that chose both, the better-ranked one first. By
-        tiers: ``flow`` from the tier of the first to that of the second choice.
+        By pairs of experts: ``pairs``, tokens that chose both, the better-ranked one first;
+        ``alike``, over the compared tokens, the cosine of the two experts' outputs. By tiers:
+        ``flow`` from the tier of the first to that of the second choice.
         """
         experts = self.num_experts
         paired = experts if experts <= MAX_PAIRED_EXPERTS else 0
@@ -66,6 +67,7 @@ class Layout:
             **dict.fromkeys(tokens + probes, ()),
             **dict.fromkeys(by_expert, (experts,)),
             "pairs": (paired, paired),
+            "alike": (paired, paired),
             "flow": (self.num_tiers, self.num_tiers),
         }
 

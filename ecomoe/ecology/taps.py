@@ -10,6 +10,7 @@ Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -233,6 +234,8 @@ class LayerTap:
             outputs_MEF, trusted = outputs_of(x_ND.detach()[rows_M], rows_M)
             with torch.autocast(x_ND.device.type, enabled=False):
                 parts = redundancy.similarity_counts(outputs_MEF, valid_M=valid_M & trusted)
+            if not math.prod(self.layout.shapes["alike"]):
+                parts.pop("alike", None)  # too many experts for all their pairs
             sums_V = self.sums["eval"]
             sums_V.add_(self.layout.pack(parts, like=sums_V))
 
