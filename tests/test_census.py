@@ -66,7 +66,7 @@ def test_check_finds_a_wrong_copy(monkeypatch):
 
 
 def _without_bias(cls, weight, bias):
-    return cls(weight.detach(), torch.zeros_like(bias.detach()), True)
+    return cls(weight.detach(), torch.zeros_like(bias.detach()), True, True)
 
 
 def test_layer_that_is_never_called_is_told():
