@@ -154,6 +154,21 @@ def test_a_peer_counts_by_paired_time(record):
     assert "1.25 at n4096" in worst.reason
 
 
+def test_a_race_is_won_by_every_one_of_three_seeds():
+    def raced(*reached):
+        ends = {"dense": {"loss": 1.0}, "ecomoe": {"loss": 1.25}}
+        results = [{**ends, "step_over_dense": 1.2, "reached": at} for at in reached]
+        runs = {str(seed): {"result": result} for seed, result in enumerate(results)}
+        return aims.race_verdicts({"gpt": {"title": "GPT", "runs": runs}})[0]
+
+    assert raced(0.9, 0.95, 1.0).met
+    assert not raced(0.9, 0.95).met
+    assert not raced(0.9, 0.95, 1.01).met
+    lost = raced(0.9, 0.95, None)
+    assert lost.measured == "0.90, 0.95, not reached"
+    assert lost.reason == "a step takes 1.20 of the twin's; +0.250 nats at its end"
+
+
 def test_the_routers_are_given_back(record):
     ours = build_ours(SMALL, forced(SMALL))
     router = ours.router

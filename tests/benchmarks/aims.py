@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,30 @@ def verdicts(records: Records, machines: dict[str, Machine]) -> list[Verdict]:
     found += _against_peers(records)
     found += _memory(records)
     found += _router(records)
+    return [verdict if not verdict.met else replace(verdict, reason="") for verdict in found]
+
+
+def race_verdicts(races: dict[str, Any]) -> list[Verdict]:
+    """Return whether each race was won: the dense twin's last loss in no more than its time."""
+    found = []
+    for race in races.values():
+        results = [run["result"] for run in race["runs"].values()]
+        reached = [result["reached"] for result in results]
+        steps = statistics.median(result["step_over_dense"] for result in results)
+        behind = [
+            f"{result['ecomoe']['loss'] - result['dense']['loss']:+.3f} nats at its end"
+            for result in results
+            if result["reached"] is None
+        ]
+        found.append(
+            Verdict(
+                f"{race['title']}, {len(results)} seeds: the dense twin's last loss in at most "
+                "its time",
+                ", ".join("not reached" if at is None else f"{at:.2f}" for at in reached),
+                len(results) >= 3 and all(at is not None and at <= 1.0 for at in reached),
+                f"a step takes {steps:.2f} of the twin's" + "".join(f"; {text}" for text in behind),
+            )
+        )
     return [verdict if not verdict.met else replace(verdict, reason="") for verdict in found]
 
 

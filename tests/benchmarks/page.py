@@ -16,6 +16,7 @@ from tests.benchmarks.aims import (
     described,
     over_dense,
     predicted,
+    race_verdicts,
     router_share,
     verdicts,
 )
@@ -50,7 +51,7 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
                     {True: "met", False: "**missed**"}[bool(each.met)],
                     each.reason,
                 )
-                for each in verdicts(records, machines)
+                for each in [*verdicts(records, machines), *race_verdicts(races)]
             ),
         ),
         "## Every shape",
