@@ -223,6 +223,7 @@ class EcoMoE(nn.Module):
             device=device,
             dtype=wide,
         )
+        self.router.scores_apart = self.usage_floor > 0 and strength * balance_weight > 0
         self.experts: Experts
         outputs = num_classes if num_classes is not None else d_output
         if d_hidden is None:
@@ -336,7 +337,12 @@ class EcoMoE(nn.Module):
         if self.reduce_shares is not None:
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
-        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares)
+        own_shares = shares
+        if self.usage_floor > 0 and routing.own_logits_NE is not None:
+            own_shares = losses.routing_shares(routing.own_logits_NE, routing.expert_ids_NK)
+            if self.reduce_shares is not None:
+                own_shares, _ = self.reduce_shares(own_shares, x_ND.shape[0])
+        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, own_shares)
         if not terms:
             return routing.weights_NK
         loss = self._weigh(terms) * share_of_ranks
@@ -357,11 +363,14 @@ class EcoMoE(nn.Module):
         y_NKF: Tensor | None,
         targets: Tensor | None,
         shares: losses.Shares,
+        own_shares: losses.Shares,
     ) -> dict[str, Tensor]:
         """Return the auxiliary losses of a call by name, scalars before their weights.
 
         A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
-        balances: of this call's tokens, or of all data-parallel ranks'.
+        balances: of this call's tokens, or of all data-parallel ranks'. ``own_shares`` are the
+        same, but for a gradient that stays in the router: a pull towards starving experts must not
+        bend the tokens' features, which are to serve the task.
         """
         logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
         control = self.control
@@ -369,7 +378,7 @@ class EcoMoE(nn.Module):
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
             if self.usage_floor > 0:
-                terms["starvation"] = losses.starvation_loss(shares, floor=self.usage_floor)
+                terms["starvation"] = losses.starvation_loss(own_shares, floor=self.usage_floor)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
         if control.oracle_weight > 0 and self.strength > 0:

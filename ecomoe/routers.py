@@ -32,7 +32,10 @@ class Router(nn.Module):
 
     Attributes:
         options: Names of the arguments that the class has of its own; see `build_router`.
+        scores_apart: Whether it returns `Routing.own_logits_NE` in training.
     """
+
+    scores_apart = False
 
     options: ClassVar[tuple[str, ...]] = ()
 
@@ -59,12 +62,16 @@ class Router(nn.Module):
         with without_autocast(x_ND):
             wide = torch.promote_types(x_ND.dtype, torch.float32)
             logits_NE = self.logits(x_ND.to(wide))
-            return route(
+            routing = route(
                 logits_NE,
                 top_k=self.top_k,
                 temperature=temperature,
                 random_routing=random_routing,
             )
+            if self.scores_apart and self.training and torch.is_grad_enabled():
+                own_logits_NE = self.logits(x_ND.detach().to(wide))
+                routing = routing._replace(own_logits_NE=own_logits_NE)
+            return routing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]

@@ -25,12 +25,15 @@ class Routing(NamedTuple):
         probs_NE: ``softmax(logits / T)``, shares of 1.
         expert_ids_NK: The chosen experts, int64, best first.
         weights_NK: Gate weights of the chosen experts, non-negative, summing to 1 for a token.
+        own_logits_NE: The scores once more, with a gradient for the router's own parameters and
+            none for the tokens; in training, where the layer asks for them.
     """
 
     logits_NE: Tensor
     probs_NE: Tensor
     expert_ids_NK: Tensor
     weights_NK: Tensor
+    own_logits_NE: Tensor | None = None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -152,7 +152,9 @@ class LoopMoE:
         if weights["balance"]:
             terms["balance"] = self.balance(logits, ids)
         if weights["starvation"] and self.layer.usage_floor:
-            terms["starvation"] = self.starvation(logits, ids)
+            # Its gradient stays in the router.
+            own = [self.score(t.detach(), place) for place, t in enumerate(tokens)]
+            terms["starvation"] = self.starvation(logits if self.hashed else own, ids)
         if weights["entropy"]:
             terms["entropy"] = self.entropy(logits)
         if weights["oracle"]:
