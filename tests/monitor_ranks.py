@@ -1,5 +1,6 @@
 """What the ranks run in the tests of the monitor."""
 
+import json
 import warnings
 
 import torch
@@ -103,10 +104,73 @@ def run_with_a_failing_monitor(at_close):
         monitor = ecomoe.Monitor(model, every=2, view="off")
         for step in range(7):
             if step == (6 if at_close else 3) and distributed.get_rank() == 0:
-                monitor._watch.taps[0].layout = None
+                monitor._watch.taps[0].layouts = None
             model(batch(step, rank=distributed.get_rank())[0])
             monitor.step()
         hooks = sum(len(module._forward_hooks) for module in model.modules())
         monitor.close()
     steps = [point["step"] for point in monitor.report("train").to_dict()["trajectory"]]
     return [str(warning.message) for warning in told], steps, hooks > 0
+
+
+def run_evaluating_on_the_first_alone(log):
+    """Train on both, evaluate on the first; return what each reports."""
+    torch.manual_seed(0)
+    model = Model()
+    rank = distributed.get_rank()
+    with ecomoe.Monitor(model, every=2, log=log, view="off", token_buckets=4) as monitor:
+        for step in range(4):
+            model(batch(step, rank=rank)[0])
+            if step % 2 and rank == 0:
+                x, y = batch(9, rank=0)
+                model.eval()
+                with torch.no_grad():
+                    monitor.evaluate(outputs=model(x), targets=y, domains=y)
+                model.train()
+            monitor.step()
+    return [monitor.report(phase).to_dict() for phase in ("eval", "train")]
+
+
+def drift(model, step):
+    with torch.no_grad():
+        for parameter in model.moe.router.parameters():
+            generator = torch.Generator().manual_seed(step)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def run_resumed(log, stop, by_rank):
+    """Stop behind an evaluation that is not reported yet, and go on in new monitors."""
+    rank = distributed.get_rank()
+
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        model = Model()
+        for step in range(steps[0]):
+            drift(model, step)
+        monitor = ecomoe.Monitor(model, every=3, log=log, view="off")
+        if state is not None:
+            monitor.load_state_dict(state)
+        for step in steps:
+            model(batch(step, rank=rank)[0])
+            model.eval()
+            x, y = batch(9, rank=rank)
+            with torch.no_grad():
+                monitor.evaluate(outputs=model(x), targets=y)
+            drift(model, step)
+            model.train()
+            monitor.step()
+        return monitor, model
+
+    if stop is None:
+        monitor, _ = run(range(9))
+    else:
+        monitor, _ = run(range(stop))
+        # A checkpoint of each rank's own, or one that the first saves for all.
+        state = monitor.state_dict() if by_rank else monitor._state(together=True)
+        box = [state]
+        if not by_rank:
+            distributed.broadcast_object_list(box, src=0)
+        monitor._detach(last_report=False)
+        monitor, _ = run(range(stop, 9), json.loads(json.dumps(box[0])))
+    monitor.close()
+    return [monitor.report(phase).to_dict() for phase in ("eval", "train")]

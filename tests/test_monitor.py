@@ -14,6 +14,7 @@ import ecomoe
 from ecomoe.ecology import transfer, watch
 from ecomoe.ecology.sinks import read_records
 from ecomoe.ecology.taxonomy import Thresholds
+from tests.benchmarks.monitor import bytes_held
 
 STEPS = 12
 
@@ -122,6 +123,29 @@ def test_a_report_moves_sums_once_and_passes_never_wait(monkeypatch):
     assert layer["lockdown"]["saturation"] == 1
 
 
+def test_a_layer_holds_a_few_kib():
+    training, evaluation, _ = bytes_held(16)
+    assert training < 700
+    assert evaluation < 4 * 1024
+    # What training takes grows with the experts, not with their pairs.
+    assert bytes_held(512)[0] < 32 * training
+
+
+def test_pairs_are_counted_in_training_only_where_asked_for():
+    found = {}
+    for coactivation in ("eval", "always"):
+        model, _ = make()
+        with ecomoe.Monitor(model, view="off", coactivation=coactivation) as monitor:
+            (x, _) = next(batches())
+            model(x)
+            model.eval()
+            model(x)
+            layers = [monitor.report(p).to_dict()["layers"][0] for p in ("train", "eval")]
+            found[coactivation] = [layer["pairs"] for layer in layers]
+    assert found["eval"][0] is None
+    assert found["always"][0] == found["always"][1] == found["eval"][1] is not None
+
+
 def test_schedule_follows_the_optimizer():
     model, monitor = watched()
     assert model.moe.temperature.item() == pytest.approx(0.3)
@@ -178,7 +202,11 @@ def test_accuracy_is_that_of_the_tokens_first_choice():
     loss = F.cross_entropy(outputs, y).item()
     low, high = report["interval"]["accuracy"]
     assert low <= correct <= high
-    assert report["metrics"] == {"accuracy": correct, "judged": 8, "loss": pytest.approx(loss)}
+    assert report["metrics"] == {
+        "accuracy": correct,
+        "judged": 8,
+        "loss": pytest.approx(loss, rel=1e-5),
+    }
 
 
 def test_experts_with_heads_are_judged_by_their_own_prediction():
@@ -371,7 +399,15 @@ def with_layer(state, **parts):
         lambda s: s | {"watch": s["watch"] | {"num_classes": "3"}},
         lambda s: with_layer(s, tiers=[4]),
         lambda s: with_layer(s, sums={"train": []}),
-        lambda s: with_layer(s, sums={key: [] for key in ("train", "eval", "generate")}),
+        lambda s: with_layer(s, sums={"sleep": {}}),
+        lambda s: with_layer(s, sums={"train": {"colour": 1}}),
+        lambda s: with_layer(s, sums={"eval": {"top1": [1, 2, 3]}}),
+        lambda s: with_layer(s, sums={"eval": {"flow": [1, 2]}}),
+        lambda s: with_layer(s, sums={"train": {"entropy": "1"}}),
+        lambda s: with_layer(s, nearest=[1, 2, 3, 4]),
+        lambda s: with_layer(s, nearest=[[1], [2], [3], [0]]),
+        lambda s: with_layer(s, choices=[1.0, [[0, 1]] * 65]),
+        lambda s: s | {"watch": s["watch"] | {"rank": None}},
         lambda s: with_layer(s, labels={"colour": []}),
         lambda s: with_layer(s, labels={"class": [[1, 2]]}),
         lambda s: with_layer(s, labels={"class": [1, 2, 3, 4]}),
@@ -530,6 +566,7 @@ def test_monitored_model_and_monitor_can_be_copied():
         ({"every": 1.5}, "every=1.5 must be"),
         ({"thresholds": "strict"}, "thresholds='strict' must be"),
         ({"on_event": "page me"}, "on_event='page me' must be callable"),
+        ({"coactivation": "train"}, "coactivation='train' must be one of eval, always"),
         ({"view": "film"}, "view='film' must be one of"),
         ({"total_steps": 0}, "total_steps=0"),
         ({"token_buckets": 300}, "token_buckets=300 must be an int from 0 to 256; pass 64"),

@@ -36,6 +36,33 @@ def test_two_processes_report_what_one_would(ranks, how, tmp_path):
     assert steps == [(2, "train"), (3, "train"), (3, "eval")]
 
 
+def test_evaluation_on_the_first_process_alone(ranks, tmp_path):
+    log = tmp_path / "run.jsonl"
+    reports = ranks.run(monitor_ranks.run_evaluating_on_the_first_alone, log)
+    for report in (*reports[0], *reports[1]):
+        report["layers"][0].pop("auxiliary")  # of each process's own last call
+    assert reports[0] == reports[1]
+    evaluated, trained = (report["layers"][0] for report in reports[0])
+    assert (evaluated["num_tokens"], trained["num_tokens"]) == (20, 80)
+    assert sum(evaluated["judged"]) == evaluated["redundancy"]["probes"] == 20
+    assert evaluated["specialisation"] == evaluated["specialisation_by"]["domain"] is not None
+    assert evaluated["lockdown"]["saturation"] == 1
+    found = [(r["step"], r["phase"]) for r in read_records(log)]
+    assert found == [(2, "train"), (2, "eval"), (4, "train"), (4, "eval")]
+
+
+@pytest.mark.parametrize("by_rank", [True, False])
+@pytest.mark.parametrize("stop", [4, 5])
+def test_two_processes_resume_to_the_same_history(ranks, tmp_path, stop, by_rank):
+    whole = ranks.run(monitor_ranks.run_resumed, tmp_path / "whole.jsonl", None, by_rank)
+    parts = ranks.run(monitor_ranks.run_resumed, tmp_path / "parts.jsonl", stop, by_rank)
+    assert parts == whole
+    assert list(read_records(tmp_path / "parts.jsonl")) == list(
+        read_records(tmp_path / "whole.jsonl")
+    )
+    assert len(whole[0][0]["layers"][0]["lockdown"]["overlaps"]) == 2
+
+
 def test_failing_rank_leaves_no_one_waiting(ranks):
     assert ranks.run(monitor_ranks.run_failing_on_the_first_alone) == [True, True]
 
@@ -46,7 +73,7 @@ def test_failure_of_one_ranks_monitor_ends_the_watching_of_all(ranks, at_close):
         monitor_ranks.run_with_a_failing_monitor, at_close
     )
     assert len(first) == len(second) == 1
-    assert "the training goes on: AttributeError" in first[0]
+    assert "the training goes on: TypeError" in first[0]
     assert "stopped watching after an error in another process" in second[0]
     # The hooks of the others stay until the next report, which is the last one here.
     steps = [2, 4, 6] if at_close else [2]

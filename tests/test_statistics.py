@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from ecomoe.ecology.statistics import (
     max_violation,
     normalised_mutual_information,
     outcome_counts,
+    pair_table,
     ratios,
     routing_counts,
     shares,
@@ -44,7 +46,7 @@ def counted(ids_NK, weights_NK, valid_N=None):
 
 def by_loop(ids_NK, weights_NK, valid_N):
     """The same counts, one token at a time."""
-    experts = LAYOUT.num_experts
+    pairs = list(itertools.combinations(range(LAYOUT.num_experts), 2))
     sums = {name: torch.zeros(shape).double() for name, shape in LAYOUT.shapes.items()}
     for ids, weights, valid in zip(ids_NK.tolist(), weights_NK.tolist(), valid_N, strict=True):
         if not valid:
@@ -57,7 +59,7 @@ def by_loop(ids_NK, weights_NK, valid_N):
             sums["topk"][expert] += 1
             sums["gate"][expert] += weights[rank]
             for worse in ids[rank + 1 :]:
-                sums["pairs"].view(-1)[expert * experts + worse] += 1
+                sums["pairs"][pairs.index((min(expert, worse), max(expert, worse)))] += 1
     return sums
 
 
@@ -88,7 +90,6 @@ def test_counts_of_parts_add_up(first, second, top_k, seed):
     assert sums["topk"].sum() == top_k * (first + second)
     assert sums["flow"].sum() == first + second
     assert sums["pairs"].sum() == math.comb(top_k, 2) * (first + second)
-    assert sums["pairs"].diagonal().sum() == 0
 
 
 def test_one_choice_has_no_pairs_and_no_flow():
@@ -101,6 +102,20 @@ def test_too_many_experts_have_no_pairs():
     parts = routing_counts(torch.tensor([[1, 299]]), layout=layout)
     assert "pairs" not in parts
     assert layout.size < 3000
+
+
+def test_no_expert_twice_is_no_pair():
+    parts = counted(torch.tensor([[4, 4, 0], [0, 0, 0]]), None)
+    assert parts["pairs"].tolist() == [0, 0, 0, 2] + [0] * 6
+
+
+@pytest.mark.parametrize("num_experts", [16, 64, 512])
+def test_what_training_takes_grows_with_the_experts_alone(num_experts):
+    layout = Layout(num_experts, 3, outcomes=False, paired=False)
+    assert layout.size == 8 + 9 + 4 * num_experts
+    packed = layout.pack({"judged": torch.ones(num_experts)}, like=torch.zeros(()))
+    assert packed.tolist() == [0] * layout.size
+    assert "judged" not in layout.unpack(packed)
 
 
 def test_nan_stays_out_of_the_sums():
@@ -230,7 +245,7 @@ def test_independent_choices_have_a_lift_of_one():
     generator = torch.Generator().manual_seed(0)
     ids_NK = torch.rand(20_000, 5, generator=generator).topk(2).indices
     parts = counted(ids_NK, torch.ones(20_000, 2))
-    lift_EE = coactivation_lift(parts["pairs"].view(5, 5), parts["topk"])
+    lift_EE = coactivation_lift(pair_table(parts["pairs"], 5), parts["topk"])
     apart_EE = ~torch.eye(5, dtype=torch.bool)
     torch.testing.assert_close(lift_EE, lift_EE.T)
     assert lift_EE.diagonal().tolist() == [0] * 5

@@ -43,8 +43,7 @@ class TrainerEvents(ABC):
         """Return a report of what was counted up to now."""
 
     @abstractmethod
-    def state_dict(self) -> Record:
-        """Return what a checkpoint needs."""
+    def _state(self, *, together: bool) -> Record: ...
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,7 +121,8 @@ class TrainerEvents(ABC):
         if self._watch is None or not saving:
             return
         with self._watch.guarded():
-            state.stateful_callbacks[STATE_KEY] = self.state_dict()
+            # A Trainer calls its callbacks in all processes; the first one saves for all.
+            state.stateful_callbacks[STATE_KEY] = self._state(together=True)
 
     def _begin_training(
         self, model: nn.Module, *, args: Any, state: Any, optimizer: Optimizer | None

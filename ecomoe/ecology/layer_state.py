@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ecomoe.ecology.lockdown import NUM_PROBES
 from ecomoe.ecology.recorder import check_keys
 from ecomoe.ecology.statistics import LABEL_KINDS, Layout
-from ecomoe.ecology.taps import LayerTap, Probe
+from ecomoe.ecology.taps import LayerTap, Nearest, Probe
 from ecomoe.ecology.traffic import PHASES
 from ecomoe.ecology.transfer import Taken
 
@@ -18,11 +19,17 @@ State = dict[str, Any]
 
 def layer_state(tap: LayerTap, taken: Taken) -> State:
     """Return the state of a layer, from what was taken of it without a restart."""
+    sums = {
+        phase: {name: s.tolist() for name, s in tap.layouts[phase].unpack(sums_V).items()}
+        for phase, sums_V in taken.sums.items()
+        if sums_V.any()
+    }
     return {
         "tiers": list(tap.tiers),
-        "sums": {phase: sums_V.tolist() for phase, sums_V in taken.sums.items()},
-        "labels": {kind: c.tolist() for kind, c in taken.labels.items() if c.any()},
+        "sums": sums,
+        "labels": {kind: c.int().tolist() for kind, c in taken.labels.items() if c.any()},
         "choices": None if taken.choices is None else list(taken.choices),
+        "nearest": None if taken.nearest is None else [list(pair) for pair in taken.nearest],
     }
 
 
@@ -35,27 +42,46 @@ def check_layer_state(tap: LayerTap, state: object) -> None:
     name = f"state['sums'][{tap.name!r}]"
     optional = (list, type(None))
     checked = check_keys(
-        state, {"tiers": list, "sums": dict, "labels": dict, "choices": optional}, name=name
+        state,
+        {"tiers": list, "sums": dict, "labels": dict, "choices": optional, "nearest": optional},
+        name=name,
     )
-    check_keys(checked["sums"], dict.fromkeys(PHASES, list), name=name)
+    check_keys(checked["sums"], dict.fromkeys(checked["sums"], dict), name=name)
     tiers = tuple(checked["tiers"])
     if tap.sums and tiers != tap.tiers:
         raise ValueError(
             f"the state has tiers {tiers} for layer {tap.name!r} of tiers {tap.tiers}; load it "
             "into a monitor of the same model"
         )
-    num_experts, size = sum(tiers), Layout(sum(tiers), len(tiers)).size
-    fits = all(len(checked["sums"][phase]) == size for phase in PHASES)
-    fits &= set(checked["labels"]) <= set(LABEL_KINDS)
-    fits &= all(_is_table(table, rows=num_experts) for table in checked["labels"].values())
+    shapes = Layout(sum(tiers), len(tiers)).shapes
+    fits = set(checked["sums"]) <= set(PHASES) and set(checked["labels"]) <= set(LABEL_KINDS)
+    fits &= all(
+        name in shapes and _has_shape(values, shapes[name])
+        for sums in checked["sums"].values()
+        for name, values in sums.items()
+    )
+    fits &= all(_is_table(table, rows=sum(tiers)) for table in checked["labels"].values())
     if checked["choices"] is not None:
         data, ids_MK = (*checked["choices"], None, None)[:2]
-        fits &= isinstance(data, int | float) and _is_table(ids_MK)
+        fits &= isinstance(data, int | float) and _is_table(ids_MK) and len(ids_MK) <= NUM_PROBES
+    if checked["nearest"] is not None:
+        nearest = checked["nearest"]
+        fits &= _is_table(nearest, rows=sum(tiers)) and all(len(pair) == 2 for pair in nearest)
     if not fits:
         raise ValueError(
-            f"the state of layer {tap.name!r} must have {size} sums in each phase, labels by "
-            f"{num_experts} experts, and choices by token; pass what Monitor.state_dict() returned"
+            f"the state of layer {tap.name!r} must have sums of {sum(tiers)} experts by name, "
+            "labels by expert, and choices by token; pass what Monitor.state_dict() returned"
         )
+
+
+def _has_shape(values: object, shape: tuple[int, ...]) -> bool:
+    if not shape:
+        return isinstance(values, int | float)
+    return (
+        isinstance(values, list)
+        and len(values) == shape[0]
+        and all(_has_shape(value, shape[1:]) for value in values)
+    )
 
 
 def _is_table(table: object, *, rows: int | None = None) -> bool:
@@ -75,14 +101,32 @@ def load_layer_state(tap: LayerTap, state: Mapping[str, Any]) -> None:
     if not tap.sums:
         tap.tiers = tuple(state["tiers"])
         tap.allocate(torch.device("cpu"))  # moves with the first call
-    for phase, sums_V in tap.sums.items():
-        sums_V.copy_(torch.tensor(state["sums"][phase], dtype=sums_V.dtype))
-    like = tap.sums["eval"]
-    tap.labels = {kind: torch.tensor(table).to(like) for kind, table in state["labels"].items()}
-    tap.compared = bool(tap.layout.unpack(like)["compared"] > 0)
-    tap.probe = None
+    tap.restart(PHASES)
+    like = tap.sums["train"]
+    for phase, sums in state["sums"].items():
+        parts = {
+            name: torch.tensor(values, dtype=like.dtype).to(like) for name, values in sums.items()
+        }
+        tap.add(phase, parts)
+    tap.labels = {
+        kind: torch.tensor(table).to(like.device, torch.int32)
+        for kind, table in state["labels"].items()
+    }
+    tap.compared = was_compared(state)
     if state["choices"] is not None:
         data, ids_MK = state["choices"]
-        valid_M = torch.ones(len(ids_MK), dtype=torch.bool, device=like.device)
-        ids = torch.tensor(ids_MK, dtype=torch.int16, device=like.device).view(len(ids_MK), -1)
-        tap.probe = Probe(torch.tensor(data).to(like), valid_M, ids)
+        ids = torch.tensor(ids_MK, dtype=tap.id_dtype, device=like.device).view(len(ids_MK), -1)
+        missing = NUM_PROBES - len(ids_MK)
+        valid_M = torch.arange(NUM_PROBES, device=like.device) < len(ids_MK)
+        padded_MK = torch.cat([ids, ids.new_zeros(missing, ids.shape[1])])
+        tap.probe = Probe(torch.tensor(data, dtype=like.dtype).to(like), valid_M, padded_MK)
+    if state["nearest"] is not None:
+        experts, cosines = zip(*state["nearest"], strict=True)
+        one = like.new_ones(())
+        ids_E = torch.tensor(experts, dtype=tap.id_dtype, device=like.device)
+        tap.nearest = Nearest(one, ids_E, torch.tensor(cosines, dtype=like.dtype).to(like))
+
+
+def was_compared(state: Mapping[str, Any]) -> bool:
+    """Whether the experts' outputs were compared in the evaluation that a state is of."""
+    return bool(state["sums"].get("eval", {}).get("compared"))

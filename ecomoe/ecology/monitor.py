@@ -29,6 +29,7 @@ EventHandler = Callable[[Event], None]
 
 MAX_BUCKETS = 256
 VIEWS = ("report", "live", "lines", "off")
+COACTIVATION = ("eval", "always")
 
 
 class Monitor(TrainerEvents):
@@ -74,7 +75,10 @@ class Monitor(TrainerEvents):
             as well; or ``"off"``.
         token_buckets: Groups, at most 256, into which the ids of a language model's tokens are
             hashed, to tell in evaluation how far experts specialise in tokens; 0 for none. Takes
-            8 bytes an expert and bucket.
+            4 bytes an expert and bucket, until reported.
+        coactivation: In which traffic to count all pairs of experts that share a token:
+            ``"eval"``, or ``"always"``, in training and generation as well, which takes 4 E² bytes
+            a layer.
 
     Raises:
         ValueError: An argument breaks its rule, or the model has no layer to watch.
@@ -92,6 +96,7 @@ class Monitor(TrainerEvents):
         on_event: EventHandler | None = None,
         view: str = "report",
         token_buckets: int = 0,
+        coactivation: str = "eval",
     ) -> None:
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r} must be an int >= 1; pass steps between reports")
@@ -100,6 +105,10 @@ class Monitor(TrainerEvents):
         if type(token_buckets) is not int or not 0 <= token_buckets <= MAX_BUCKETS:
             raise ValueError(
                 f"token_buckets={token_buckets!r} must be an int from 0 to {MAX_BUCKETS}; pass 64"
+            )
+        if coactivation not in COACTIVATION:
+            raise ValueError(
+                f"coactivation={coactivation!r} must be one of {', '.join(COACTIVATION)}; pick one"
             )
         if on_event is not None and not callable(on_event):
             raise ValueError(f"on_event={on_event!r} must be callable; pass a function of an Event")
@@ -115,6 +124,7 @@ class Monitor(TrainerEvents):
         self.on_event = on_event
         self.view = view
         self.token_buckets = token_buckets
+        self.coactivation = coactivation
         self.log = log
         self.step_count = 0
         self._recorder = Recorder(thresholds=self.thresholds, view=view)
@@ -161,6 +171,7 @@ class Monitor(TrainerEvents):
             thresholds=self.thresholds,
             readers=self._readers,
             token_buckets=self.token_buckets,
+            coactivation=self.coactivation,
         )
         try:
             if self.log is not None and is_first_process():
@@ -248,6 +259,7 @@ class Monitor(TrainerEvents):
             every=self.every,
             view=self.view,
             token_buckets=self.token_buckets,
+            coactivation=self.coactivation,
         )
 
     # -- counting ----------------------------------------------------------------------------
@@ -377,13 +389,20 @@ class Monitor(TrainerEvents):
     # -- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> Record:
-        """Return what a checkpoint needs to go on where this monitor stands, as plain data."""
+        """Return what a checkpoint needs to go on where this monitor stands, as plain data.
+
+        Where several processes train, this is what one of them has counted since the last report;
+        it counts for none but the process of the same rank that loads it.
+        """
+        return self._state(together=False)
+
+    def _state(self, *, together: bool) -> Record:
         if self._watch is not None and self._watch.evaluated and not is_distributed():
             self._cut(("eval",))  # the evaluation is over: what saturation saw is not in the state
         return {
             "step": self.step_count,
             "history": self._recorder.state_dict(),
-            "watch": None if self._watch is None else self._watch.state_dict(),
+            "watch": None if self._watch is None else self._watch.state_dict(together=together),
             "schedule": None if self.schedule is None else dict(self.schedule.state_dict()),
         }
 

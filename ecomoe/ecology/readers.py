@@ -145,7 +145,7 @@ class RouterTap(LayerTap):
         if not integers:
             return
         ids_NK = integers[0].detach()
-        num_columns = self.layout.num_experts
+        num_columns = self.num_experts
         if ids_NK.dim() == 3:  # a one-hot mask (N, K, E); a dropped slot has no one
             ids_NK = torch.where(ids_NK.sum(-1) > 0, ids_NK.argmax(-1), -1)
         elif self._has_skip_column(num_columns):
@@ -158,7 +158,7 @@ class RouterTap(LayerTap):
 
     def _is_stacked(self, module: nn.Module) -> bool:
         # The weights of all experts are one tensor a projection, as most families have them.
-        num_experts = self.layout.num_experts
+        num_experts = self.num_experts
         stacks = [p for p in module.parameters() if p.dim() == 3]
         known = getattr(module, "num_experts", None) == num_experts
         return known and bool(stacks) and all(p.shape[0] == num_experts for p in stacks)
@@ -167,7 +167,7 @@ class RouterTap(LayerTap):
         x_ND, ids_NK, weights_NK = given
         if x_ND.dim() != 2 or ids_NK.dim() != 2 or ids_NK.shape != weights_NK.shape:
             return
-        num_experts = self.layout.num_experts
+        num_experts = self.num_experts
 
         def run(*values: Tensor) -> Tensor:
             positional = len(values) - len(names)

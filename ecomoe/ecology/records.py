@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ecomoe.control import Control
-from ecomoe.ecology import redundancy, statistics, taxonomy, tiers
+from ecomoe.ecology import statistics, taxonomy, tiers
 from ecomoe.ecology.statistics import BASES, LABEL_KINDS, Basis, LabelKind, Layout
 from ecomoe.ecology.taxonomy import Thresholds
 
@@ -48,6 +49,7 @@ def layer_record(
     control: Control | None = None,
     extras: Mapping[str, float] | None = None,
     labels: Mapping[LabelKind, Tensor] | None = None,
+    nearest: Sequence[tuple[int, float]] | None = None,
     num_classes: int | None = None,
 ) -> Record:
     """Return the plain data of one layer.
@@ -62,9 +64,10 @@ def layer_record(
         control: The layer's settings, if it has any.
         extras: Scalars of its last call: ``temperature``, and its losses as ``aux.NAME``.
         labels: Evaluated tokens by first-choice expert and label, by the kind of label.
+        nearest: For each expert the one most like it, with their mean cosine.
         num_classes: Classes of the task, for E_eff.
     """
-    sums = layout.unpack(sums_V)
+    sums = _all_sums(sums_V, layout)
     counts = {basis: _ints(sums[basis]) for basis in BASES}
     totals = {basis: sum(counts[basis]) for basis in BASES}
     judged = sums["judged"].tolist()
@@ -116,10 +119,10 @@ def layer_record(
         "max_violation": {
             basis: rounded(statistics.max_violation(counts[basis])) for basis in BASES
         },
-        "pairs": _top_pairs(sums["pairs"], sums["topk"]),
+        "pairs": _top_pairs(sums.get("pairs"), sums["topk"]),
         "tier": _tier_record(sums, layer_tiers, category, thresholds),
         "lockdown": _lockdown_record(sums, z=z),
-        "redundancy": _redundancy_record(sums),
+        "redundancy": _redundancy_record(sums, nearest),
         "dropped": int(sums["dropped"].item()),
         # Whether the experts were seen to receive what the router decided; null: not looked at.
         "verified": bool(sums["executed"].any()) or None,
@@ -134,6 +137,13 @@ def layer_record(
             if key.startswith("aux.")
         },
     }
+
+
+def _all_sums(sums_V: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return the sums by name, with zeros for the outcomes where there is no room for them."""
+    shapes = replace(layout, outcomes=True).shapes
+    zeros = {name: sums_V.new_zeros(shape) for name, shape in shapes.items()}
+    return zeros | layout.unpack(sums_V)
 
 
 def _tier_record(
@@ -192,14 +202,14 @@ def _lockdown_record(sums: Mapping[str, Tensor], *, z: float) -> Record:
     }
 
 
-def _top_pairs(pairs_EE: Tensor, topk_E: Tensor) -> list[Record] | None:
-    total = pairs_EE.sum().item()
-    if not total:
+def _top_pairs(pairs_P: Tensor | None, topk_E: Tensor) -> list[Record] | None:
+    total = 0.0 if pairs_P is None else pairs_P.sum().item()
+    if pairs_P is None or not total:
         return None
-    both_EE = (pairs_EE + pairs_EE.T).triu(1)
-    lift_EE = statistics.coactivation_lift(pairs_EE, topk_E)
-    num_experts = both_EE.shape[0]
-    best = both_EE.reshape(-1).topk(min(NUM_PAIRS, num_experts * (num_experts - 1) // 2))
+    num_experts = topk_E.shape[0]
+    both_EE = statistics.pair_table(pairs_P, num_experts)
+    lift_EE = statistics.coactivation_lift(both_EE, topk_E)
+    best = both_EE.triu(1).reshape(-1).topk(min(NUM_PAIRS, pairs_P.shape[0]))
     return [
         {
             "experts": [index // num_experts, index % num_experts],
@@ -211,13 +221,12 @@ def _top_pairs(pairs_EE: Tensor, topk_E: Tensor) -> list[Record] | None:
     ]
 
 
-def _redundancy_record(sums: Mapping[str, Tensor]) -> Record | None:
+def _redundancy_record(
+    sums: Mapping[str, Tensor], nearest: Sequence[tuple[int, float]] | None
+) -> Record | None:
     compared, aligned = sums["compared"].item(), sums["aligned"].item()
     if not compared:
         return None
-    nearest = None
-    if sums["alike"].numel():
-        nearest = redundancy.nearest_experts(sums["alike"], compared)
     return {
         "probes": int(compared),
         "cosine": rounded(sums["cosine"].item() / compared),
@@ -248,7 +257,7 @@ def metrics_record(outcomes: Sequence[float]) -> Record:
         return {}
     return {
         "accuracy": correct / judged,
-        "loss": losses / judged if math.isfinite(losses) else None,  # JSON knows no NaN
+        "loss": rounded(losses / judged),
         "judged": int(judged),
     }
 

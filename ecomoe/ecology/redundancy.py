@@ -35,9 +35,10 @@ def similarity_counts(outputs_MEF: Tensor, *, valid_M: Tensor) -> dict[str, Tens
         valid_M: False for the tokens to leave out, as those with an output that is not finite are.
 
     Returns:
-        ``compared`` tokens, with the sum of their mean ``cosine``; ``alike``, the same of each pair
-        of experts, ``(E, E)``; ``aligned``, 1 where there were enough tokens for the
-        mean ``cka`` beside it. All 0 for a single expert, which has no ``alike``.
+        ``compared`` tokens, with the sum of their mean ``cosine``; ``aligned``, 1 where there were
+        enough tokens for the mean ``cka`` beside it; for each expert the one most like it,
+        ``nearest``, and the sum of their ``nearest_cosine``. All 0 for a single expert, which has
+        no nearest one.
     """
     wide = wide_dtype(outputs_MEF.device)
     num_experts = outputs_MEF.shape[1]
@@ -49,28 +50,17 @@ def similarity_counts(outputs_MEF: Tensor, *, valid_M: Tensor) -> dict[str, Tens
     units_MEF = F.normalize(outputs_MEF, dim=-1)
     cosine_M = _mean_of_pairs(units_MEF)
     cka, enough = _debiased_cka(outputs_MEF, valid_M.float())
+    alike_EE = torch.einsum("mef,mgf->eg", units_MEF, units_MEF)
+    own_EE = torch.eye(num_experts, dtype=torch.bool, device=alike_EE.device)
+    highest_E, nearest_E = alike_EE.masked_fill(own_EE, -torch.inf).max(1)
     return {
         "compared": valid_M.to(wide).sum(),
         "cosine": cosine_M.to(wide).sum(),
-        "alike": torch.einsum("mef,mgf->eg", units_MEF, units_MEF).to(wide),
         "aligned": enough.to(wide),
         "cka": torch.where(enough, cka, 0).to(wide),
+        "nearest": nearest_E,
+        "nearest_cosine": highest_E,
     }
-
-
-def nearest_experts(alike_EE: Tensor, compared: float) -> list[tuple[int, float]]:
-    """Return for each expert the one most like it, and their mean cosine.
-
-    Args:
-        alike_EE: Sums of `similarity_counts`; at least two experts.
-        compared: Tokens that they were summed over, more than 0.
-
-    >>> nearest_experts(torch.tensor([[4.0, 3.0, 1.0], [3.0, 4.0, 2.0], [1.0, 2.0, 4.0]]), 4)
-    [(1, 0.75), (0, 0.75), (1, 0.5)]
-    """
-    own_EE = torch.eye(alike_EE.shape[0], dtype=torch.bool)
-    best = (alike_EE / compared).masked_fill(own_EE, -torch.inf).max(1)
-    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _mean_of_pairs(units: Tensor) -> Tensor:

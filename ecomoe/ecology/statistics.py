@@ -7,14 +7,14 @@ one token; the others work on the host, on sums that were moved there once per r
 Two bases of usage are kept apart: ``top1`` counts each token at its first choice, ``topk`` counts
 each of its slots.
 
-Axes: N tokens, E experts, K experts chosen for a token, T tiers, P pairs of ranks, M predictions,
-V all sums of a layer in one vector.
+Axes: N tokens, E experts, K experts chosen for a token, T tiers, R pairs of ranks, P pairs of
+experts, M predictions, V all sums of a layer in one vector.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -26,7 +26,7 @@ BASES: tuple[Basis, Basis] = ("top1", "topk")
 LabelKind: TypeAlias = Literal["class", "token", "domain"]
 LABEL_KINDS: tuple[LabelKind, ...] = ("class", "token", "domain")
 
-# Above this the (E, E) co-activation would outweigh all other sums of a layer by far.
+# Above this the co-activation of all pairs would outweigh all other sums of a layer by far.
 MAX_PAIRED_EXPERTS = 256
 
 
@@ -37,10 +37,14 @@ class Layout:
     Attributes:
         num_experts: E.
         num_tiers: T.
+        outcomes: Whether there is room for what only an evaluation tells.
+        paired: Whether there is room for the pairs of experts, the one sum that grows with E².
     """
 
     num_experts: int
     num_tiers: int = 1
+    outcomes: bool = True
+    paired: bool = True
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -49,42 +53,50 @@ class Layout:
         ``num_tokens`` routed tokens; ``padding`` tokens left out; ``dropped`` slots that their
         expert had no capacity for; ``nonfinite`` tokens with a NaN or infinite logit; ``entropy``
         of the tokens' distributions, nats; ``probes`` tokens that were probed for lockdown, of
-        which ``flips`` changed their set, with their ``margin``; ``compared`` tokens that went
-        through all experts, with the ``cosine`` of the outputs, in ``aligned`` passes with ``cka``.
-        By expert: ``top1`` first choices, ``topk`` slots, ``executed`` slots as the experts
-        themselves received them, ``gate`` mass, ``judged`` first choices with a known outcome, of
-        which ``correct``, ``easy`` and ``hard``.
-        By pairs of experts: ``pairs``, tokens that chose both, the better-ranked one first;
-        ``alike``, over the compared tokens, the cosine of the two experts' outputs. By tiers:
-        ``flow`` from the tier of the first to that of the second choice.
+        which ``flips`` changed their set, with their ``margin``.
+        By expert: ``top1`` first choices, ``topk`` slots, ``gate`` mass, ``executed`` slots as the
+        experts themselves received them. By tiers: ``flow`` from the tier of the first to that of
+        the second choice.
+
+        Of an evaluation alone: ``judged`` first choices with a known outcome, of which
+        ``correct``, ``easy`` and ``hard``, by expert; ``compared`` tokens that went through all
+        experts, with the ``cosine`` of the outputs, in ``aligned`` passes with ``cka``.
+        ``pairs`` of experts: tokens that chose both, (0, 1), (0, 2), ..., (1, 2), ...
         """
-        experts = self.num_experts
-        paired = experts if experts <= MAX_PAIRED_EXPERTS else 0
-        tokens = ("num_tokens", "padding", "dropped", "nonfinite", "entropy")
-        probes = ("probes", "flips", "margin", "compared", "cosine", "aligned", "cka")
-        by_expert = ("top1", "topk", "executed", "gate", "judged", "correct", "easy", "hard")
-        return {
-            **dict.fromkeys(tokens + probes, ()),
-            **dict.fromkeys(by_expert, (experts,)),
-            "pairs": (paired, paired),
-            "alike": (paired, paired),
-            "flow": (self.num_tiers, self.num_tiers),
-        }
+        experts, tiers = (self.num_experts,), (self.num_tiers, self.num_tiers)
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes |= dict.fromkeys(("num_tokens", "padding", "dropped", "nonfinite", "entropy"), ())
+        shapes |= dict.fromkeys(("probes", "flips", "margin"), ())
+        shapes |= {**dict.fromkeys(("top1", "topk", "gate"), experts), "flow": tiers}
+        shapes["executed"] = experts
+        if self.outcomes:
+            shapes |= dict.fromkeys(("judged", "correct", "easy", "hard"), experts)
+            shapes |= dict.fromkeys(("compared", "cosine", "aligned", "cka"), ())
+        if self.paired and self.num_experts <= MAX_PAIRED_EXPERTS:
+            shapes["pairs"] = (math.comb(self.num_experts, 2),)
+        return shapes
 
     @property
     def size(self) -> int:
         """Length V of the vector."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def pack(self, parts: dict[str, Tensor], *, like: Tensor) -> Tensor:
-        """Return the vector that holds ``parts`` and zeros elsewhere, ``(V,)``, as ``like``."""
-        pieces = [
-            parts[name].to(like.dtype).reshape(-1)
-            if name in parts
-            else like.new_zeros(math.prod(shape))
-            for name, shape in self.shapes.items()
-        ]
-        return torch.cat(pieces)
+    def pack(self, parts: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
+        """Return the vector that holds ``parts`` and zeros elsewhere, ``(V,)``, as ``like``.
+
+        Parts that have no place here are left out.
+        """
+        pieces: list[Tensor] = []
+        gap = 0
+        for name, shape in self.shapes.items():
+            if name not in parts:
+                gap += math.prod(shape)
+                continue
+            if gap:
+                pieces.append(like.new_zeros(gap))
+            gap = 0
+            pieces.append(parts[name].to(like.dtype).reshape(-1))
+        return torch.cat([*pieces, like.new_zeros(gap)])
 
     def unpack(self, sums_V: Tensor) -> dict[str, Tensor]:
         """Return the sums by name, as views of the vector."""
@@ -136,12 +148,18 @@ def routing_counts(
         # A NaN token must not poison the sums of all others.
         mass_NK = torch.nan_to_num(weights_NK.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
         parts["gate"] = sum_by(expert_ids_NK, mass_NK * slots_NK, size=experts)
-    if top_k > 1 and experts <= MAX_PAIRED_EXPERTS:
+    if top_k > 1 and (shape := layout.shapes.get("pairs")):
         ranks = [(i, j) for i in range(top_k) for j in range(i + 1, top_k)]
-        better_NP = torch.stack([expert_ids_NK[:, i] for i, _ in ranks], dim=1)
-        worse_NP = torch.stack([expert_ids_NK[:, j] for _, j in ranks], dim=1)
-        tokens_NP = torch.stack([slots_NK[:, j] for _, j in ranks], dim=1)
-        parts["pairs"] = sum_by(better_NP * experts + worse_NP, tokens_NP, size=experts**2)
+        first_NR = torch.stack([expert_ids_NK[:, i] for i, _ in ranks], dim=1)
+        second_NR = torch.stack([expert_ids_NK[:, j] for _, j in ranks], dim=1)
+        tokens_NR = torch.stack([slots_NK[:, j] for _, j in ranks], dim=1)
+        low_NR, high_NR = torch.minimum(first_NR, second_NR), torch.maximum(first_NR, second_NR)
+        pair_NR = low_NR * (2 * experts - low_NR - 1) // 2 + high_NR - low_NR - 1
+        # A router that may choose no expert says so twice with the same id.
+        unlike_NR = low_NR < high_NR
+        parts["pairs"] = sum_by(
+            torch.where(unlike_NR, pair_NR, 0), tokens_NR * unlike_NR, size=shape[0]
+        )
     if top_k > 1 and tier_of_E is not None:
         tiers_N2 = tier_of_E[expert_ids_NK[:, :2]]
         steps_N = tiers_N2[:, 0] * layout.num_tiers + tiers_N2[:, 1]
@@ -338,17 +356,29 @@ def _rounded(bound: float, towards: Callable[[float], int], digits: int) -> floa
     return float(f"{towards(bound * shift) / shift:.{digits}g}")
 
 
-def coactivation_lift(pairs_EE: Tensor, topk_E: Tensor) -> Tensor:
+def pair_table(pairs_P: Tensor, num_experts: int) -> Tensor:
+    """Return the pairs of a `Layout` as a table, ``(E, E)``, symmetric, 0 on the diagonal.
+
+    >>> pair_table(torch.tensor([5.0, 6.0, 7.0]), 3).tolist()
+    [[0.0, 5.0, 6.0], [5.0, 0.0, 7.0], [6.0, 7.0, 0.0]]
+    """
+    rows_P, columns_P = torch.triu_indices(num_experts, num_experts, offset=1)
+    both_EE = pairs_P.new_zeros(num_experts, num_experts)
+    both_EE[rows_P, columns_P] = pairs_P
+    return both_EE + both_EE.T
+
+
+def coactivation_lift(both_EE: Tensor, topk_E: Tensor) -> Tensor:
     """Return the lift of every pair of experts over independence, ``(E, E)``, symmetric.
 
     1 where two experts share as many tokens as their usage alone would make them, the diagonal 0.
     The expectation is that of drawing a token's further experts by their share of the slots.
 
     Args:
-        pairs_EE: Tokens that chose both, the better-ranked one in the row.
+        both_EE: Tokens that chose both, as `pair_table` gives them.
         topk_E: Slots of each expert.
     """
-    both_EE = (pairs_EE + pairs_EE.T).double()
+    both_EE = both_EE.double()
     share_E = topk_E.double() / topk_E.sum().clamp_min(1)
     chance_EE = share_E[:, None] * share_E[None, :]
     chance_EE = chance_EE * (1 - torch.eye(chance_EE.shape[0], dtype=chance_EE.dtype))

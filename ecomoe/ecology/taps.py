@@ -10,8 +10,7 @@ Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M pr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ class Decision(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """First choices of one evaluation call, kept until its labels are known."""
+    """First choices of one evaluation call, kept until its labels are known; small integers."""
 
     first_N: Tensor
     predicted_N: Tensor | None
@@ -63,7 +62,7 @@ class Probe(NamedTuple):
     Attributes:
         data: Fingerprint of the model's inputs, a scalar.
         valid_M: False for padding, and for a token that is there already.
-        ids_MK: Chosen experts, int16.
+        ids_MK: Chosen experts, small integers.
     """
 
     data: Tensor
@@ -71,8 +70,25 @@ class Probe(NamedTuple):
     ids_MK: Tensor
 
 
+class Nearest(NamedTuple):
+    """For each expert the one whose outputs are most like its own, in an evaluation's first call.
+
+    Attributes:
+        compared: Tokens that it rests on, a scalar.
+        ids_E: The other expert's id.
+        cosine_E: Their cosine, summed over the tokens.
+    """
+
+    compared: Tensor
+    ids_E: Tensor
+    cosine_E: Tensor
+
+
 class LayerTap:
     """The sums of one layer, by phase.
+
+    There is room for training from the first call on; for evaluation and generation from their
+    first token until they are reported.
 
     Args:
         name: The layer's name in the model.
@@ -85,9 +101,12 @@ class LayerTap:
         top_k: Experts per token, as last seen.
         refused: Why the layer cannot be read, if so; it is then left out of reports.
         control: The layer's control settings, if it has any.
+        sums: By phase the vector of the sums, of the layout of that phase in ``layouts``.
         labels: Evaluated tokens by first-choice expert and label, ``(E, labels)``, by the kind of
-            label: ``"class"``, where there are few enough, ``"token"`` and ``"domain"``.
+            label: ``"class"``, where there are few enough, ``"token"`` and ``"domain"``; exact up
+            to 2**31 tokens.
         probe: The choices for a few tokens since the evaluation began.
+        nearest: Which experts' outputs were most alike in it.
         compared: Whether the experts' outputs were compared since then.
     """
 
@@ -109,9 +128,11 @@ class LayerTap:
         self.top_k = 0
         self.refused: str | None = None
         self.seen: list[Seen] = []
+        self.layouts: dict[Phase, Layout] = {}
         self.sums: dict[Phase, Tensor] = {}
         self.labels: dict[LabelKind, Tensor] = {}
         self.probe: Probe | None = None
+        self.nearest: Nearest | None = None
         self.compared = False
         if tiers and device is not None:
             self.allocate(device)
@@ -122,18 +143,56 @@ class LayerTap:
 
     def allocate(self, device: torch.device) -> None:
         """Make room for the sums on a device; those that are there move along."""
-        self.layout = Layout(sum(self.tiers), len(self.tiers))
+        num_experts, num_tiers = self.num_experts, len(self.tiers)
+        always = self.traffic.coactivation == "always"
+        self.layouts = {
+            phase: Layout(
+                num_experts,
+                num_tiers,
+                outcomes=phase == "eval",
+                paired=phase == "eval" or always,
+            )
+            for phase in PHASES
+        }
         # An inference tensor could not be added to outside inference mode.
         with torch.inference_mode(False):
             wide = statistics.wide_dtype(device)
-            zeros_V = torch.zeros(self.layout.size, dtype=wide, device=device)
-            self.sums = {
-                phase: self.sums[phase].to(zeros_V) if phase in self.sums else zeros_V.clone()
-                for phase in PHASES
-            }
-            tier_of = [tier for tier, size in enumerate(self.tiers) for _ in range(size)]
-            self.tier_of_E = torch.tensor(tier_of, device=device)
-            self.gumbel_ME = lockdown.gumbel_noise(self.layout.num_experts).to(device)
+            self.sums = {phase: sums_V.to(device, wide) for phase, sums_V in self.sums.items()}
+            if "train" not in self.sums:
+                size = self.layouts["train"].size
+                self.sums["train"] = torch.zeros(size, dtype=wide, device=device)
+            constants = self.traffic.constants
+            if (self.tiers, device) not in constants:
+                tier_of = [tier for tier, size in enumerate(self.tiers) for _ in range(size)]
+                gumbel_ME = lockdown.gumbel_noise(num_experts).to(device)
+                constants[self.tiers, device] = torch.tensor(tier_of, device=device), gumbel_ME
+            self.tier_of_E, self.gumbel_ME = constants[self.tiers, device]
+
+    @property
+    def num_experts(self) -> int:
+        """E; 0 before the first call, where it is not known until then."""
+        return sum(self.tiers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are; only after `allocate`."""
+        return self.sums["train"].device
+
+    @property
+    def id_dtype(self) -> torch.dtype:
+        """The smallest integers that ids of experts fit into."""
+        if self.num_experts <= 2**8:
+            return torch.uint8
+        return torch.int16 if self.num_experts <= 2**15 else torch.int32
+
+    def add(self, phase: Phase, parts: Mapping[str, Tensor]) -> None:
+        """Add to the sums of a phase."""
+        layout = self.layouts[phase]
+        if phase not in self.sums:
+            with torch.inference_mode(False):
+                self.sums[phase] = self.sums["train"].new_zeros(layout.size)
+        sums_V = self.sums[phase]
+        sums_V.add_(layout.pack(parts, like=sums_V))
 
     def observe(self, decision: Decision, *, module: nn.Module) -> None:
         """Add one call's decisions to the sums, unless a backward pass is recomputing it."""
@@ -152,7 +211,7 @@ class LayerTap:
         with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
             parts = statistics.routing_counts(
                 ids_NK,
-                layout=self.layout,
+                layout=self.layouts[phase],
                 weights_NK=decision.weights_NK,
                 tier_of_E=self.tier_of_E,
                 valid_N=valid_N,
@@ -169,8 +228,7 @@ class LayerTap:
                     gumbel_ME=self.gumbel_ME,
                     valid_M=None if valid_N is None else valid_N[rows_M],
                 )
-            sums_V = self.sums[phase]
-            sums_V.add_(self.layout.pack(parts, like=sums_V))
+            self.add(phase, parts)
             if phase == "eval":
                 self.traffic.evaluated = True
                 if not self.traffic.inside:
@@ -179,8 +237,8 @@ class LayerTap:
                 if decision.kept_NK is not None:
                     kept_N = decision.kept_NK[:, 0]
                     judged_N = kept_N if valid_N is None else kept_N & valid_N
-                first_N = ids_NK[:, 0].clone()
-                self.seen.append(Seen(first_N, None, judged_N))
+                first_N = ids_NK[:, 0]
+                self.seen.append(Seen(first_N.to(self.id_dtype), None, judged_N))
                 self._note_choices(ids_NK, valid_N)
                 buckets_N = self.traffic.buckets_of(
                     ids_NK.shape[0], device=ids_NK.device, side=self.side
@@ -198,7 +256,7 @@ class LayerTap:
         if valid_N is not None:
             valid_M = valid_M & valid_N[rows_M]
         data = self.traffic.data.to(ids_NK.device)
-        self.probe = Probe(data, valid_M, ids_NK[rows_M].to(torch.int16))
+        self.probe = Probe(data, valid_M, ids_NK[rows_M].to(self.id_dtype))
 
     def compare(
         self,
@@ -234,19 +292,21 @@ class LayerTap:
             outputs_MEF, trusted = outputs_of(x_ND.detach()[rows_M], rows_M)
             with torch.autocast(x_ND.device.type, enabled=False):
                 parts = redundancy.similarity_counts(outputs_MEF, valid_M=valid_M & trusted)
-            if not math.prod(self.layout.shapes["alike"]):
-                parts.pop("alike", None)  # too many experts for all their pairs
-            sums_V = self.sums["eval"]
-            sums_V.add_(self.layout.pack(parts, like=sums_V))
+            if "nearest" in parts:
+                ids_E = parts["nearest"].to(self.id_dtype)
+                self.nearest = Nearest(parts["compared"], ids_E, parts["nearest_cosine"])
+            self.add("eval", parts)
 
     def restart(self, phases: Sequence[Phase]) -> None:
         """Start to count anew at zero."""
         for phase in phases:
-            self.sums[phase].zero_()
+            if phase == "train":
+                self.sums[phase].zero_()
+            else:
+                self.sums.pop(phase, None)
         if "eval" in phases:
-            for labels in self.labels.values():
-                labels.zero_()
-            self.probe = None
+            self.labels = {}
+            self.probe = self.nearest = None
             self.compared = False
 
     def observe_executed(self, ids_NK: Tensor, *, module: nn.Module) -> None:
@@ -254,17 +314,15 @@ class LayerTap:
         if recomputing() or ids_NK.shape[0] == 0 or not self.sums:
             return
         valid_N = self.traffic.valid(ids_NK.shape[0], device=ids_NK.device, side=self.side)
-        sums_V = self.sums[self.traffic.phase_of(module)]
+        phase = self.traffic.phase_of(module)
         with torch.no_grad():
-            ones_NK = torch.ones_like(ids_NK, dtype=sums_V.dtype)
+            ones_NK = torch.ones_like(ids_NK, dtype=self.sums["train"].dtype)
             slots_NK = ones_NK if valid_N is None else ones_NK * valid_N[:, None]
-            inside_NK = (ids_NK >= 0) & (ids_NK < self.layout.num_experts)
+            inside_NK = (ids_NK >= 0) & (ids_NK < self.num_experts)
             executed_E = statistics.sum_by(
-                torch.where(inside_NK, ids_NK, 0),
-                slots_NK * inside_NK,
-                size=self.layout.num_experts,
+                torch.where(inside_NK, ids_NK, 0), slots_NK * inside_NK, size=self.num_experts
             )
-            sums_V.add_(self.layout.pack({"executed": executed_E}, like=sums_V))
+            self.add(phase, {"executed": executed_E})
 
     def extras(self) -> dict[str, Tensor]:
         """Return scalars of the layer's last call to report beside the sums."""
@@ -293,7 +351,8 @@ class LayerTap:
         num_outcomes = outcomes.correct_M.shape[0]
         seen, self.seen = self.seen, []
         fits = [entry for entry in seen if num_outcomes and not len(entry.first_N) % num_outcomes]
-        for first_N, predicted_N, valid_N in fits:
+        for small_N, predicted_N, valid_N in fits:
+            first_N = small_N.long()
             repeats = first_N.shape[0] // num_outcomes
             targets_N, correct_N, confidence_N, known_N = (
                 values_M.to(first_N.device).repeat_interleave(repeats) for values_M in outcomes[:4]
@@ -311,15 +370,14 @@ class LayerTap:
                 self._count_labels("domain", first_N, domains_N, inside_N, num_labels=MAX_DOMAINS)
             parts = statistics.outcome_counts(
                 first_N,
-                layout=self.layout,
+                layout=self.layouts["eval"],
                 correct_N=correct_N,
                 confidence_N=confidence_N,
                 valid_N=known_N,
                 easy_above=easy_above,
                 hard_below=hard_below,
             )
-            sums_V = self.sums["eval"]
-            sums_V.add_(self.layout.pack(parts, like=sums_V))
+            self.add("eval", parts)
         return len(fits) == len(seen)
 
     def _count_labels(
@@ -331,17 +389,13 @@ class LayerTap:
         *,
         num_labels: int,
     ) -> None:
-        shape = (self.layout.num_experts, num_labels)
+        shape = (self.num_experts, num_labels)
         if kind not in self.labels or self.labels[kind].shape != shape:
             with torch.inference_mode(False):
-                self.labels[kind] = torch.zeros(
-                    shape, dtype=self.sums["eval"].dtype, device=first_N.device
-                )
+                self.labels[kind] = torch.zeros(shape, dtype=torch.int32, device=first_N.device)
         known_N = torch.ones_like(first_N, dtype=torch.bool) if known_N is None else known_N
         cells_N = first_N * num_labels + torch.where(known_N, labels_N, 0)
-        counts = statistics.sum_by(
-            cells_N, known_N.to(self.sums["eval"].dtype), size=self.labels[kind].numel()
-        )
+        counts = statistics.sum_by(cells_N, known_N.int(), size=self.labels[kind].numel())
         self.labels[kind].add_(counts.view(shape))
 
 

@@ -26,6 +26,7 @@ class Traffic:
 
     Args:
         token_buckets: Groups to sort the ids of tokens into; with 0 they are not looked at.
+        coactivation: ``"eval"``, or ``"always"``: in which traffic to count pairs of experts.
 
     Attributes:
         inside: Whether a forward pass of the whole model is in progress.
@@ -33,10 +34,13 @@ class Traffic:
         evaluated: Whether evaluation passes were seen; the monitor resets it.
         data: Fingerprint of the first of them, or ``None``; the monitor resets it.
         outputs_shape: Of what the last evaluation pass gave, where that was a tensor or has logits.
+        constants: What layers of one size have in common, by size and device.
     """
 
-    def __init__(self, *, token_buckets: int = 0) -> None:
+    def __init__(self, *, token_buckets: int = 0, coactivation: str = "eval") -> None:
         self.token_buckets = token_buckets
+        self.coactivation = coactivation
+        self.constants: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
         self.inside = False
         self.phase: Phase = "train"
         self.evaluated = False

@@ -15,7 +15,12 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from ecomoe.ecology import statistics, taps, transfer
-from ecomoe.ecology.layer_state import check_layer_state, layer_state, load_layer_state
+from ecomoe.ecology.layer_state import (
+    check_layer_state,
+    layer_state,
+    load_layer_state,
+    was_compared,
+)
 from ecomoe.ecology.outcomes import Outcomes, outcomes_of
 from ecomoe.ecology.readers import Reader, find_taps
 from ecomoe.ecology.recorder import check_keys
@@ -49,6 +54,7 @@ class Watch:
         thresholds: Unscaled.
         readers: How to read modules of other packages, by their class.
         token_buckets: Groups of token ids whose experts are counted; 0 for none.
+        coactivation: ``"eval"``, or ``"always"``: in which traffic pairs of experts are counted.
 
     Attributes:
         handles: Of all hooks; whoever adds one has it removed with the others.
@@ -67,6 +73,7 @@ class Watch:
         thresholds: Thresholds,
         readers: Mapping[type[nn.Module], Reader] | None = None,
         token_buckets: int = 0,
+        coactivation: str = "eval",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} must be an nn.Module; pass the model")
@@ -75,7 +82,7 @@ class Watch:
         self.num_classes: int | None = None
         self.failed = False
         self._all_know = False
-        self._traffic = Traffic(token_buckets=token_buckets)
+        self._traffic = Traffic(token_buckets=token_buckets, coactivation=coactivation)
         self._outcomes_3: Tensor | None = None
         self._judged = False
         self._shift = predicts_next_token(model)
@@ -113,14 +120,13 @@ class Watch:
             What was counted, by phase that saw tokens.
         """
         phases = tuple(phases)
-        reduce = self._meet(phases) if is_distributed() else None
+        extents = self._meet() if is_distributed() else None
         if self.failed:
             return {}
         taken, outcomes_3 = transfer.take_sums(
             self.taps,
             phases,
-            reduce=reduce,
-            first=is_first_process(),
+            extents=extents,
             outcomes_3=self._outcomes_3 if "eval" in phases else None,
         )
         for tap in self.taps:
@@ -131,7 +137,7 @@ class Watch:
             read = [
                 tap
                 for tap in self.taps
-                if tap.name in taken and self._readable(tap, taken[tap.name].sums[phase])
+                if tap.name in taken and self._readable(tap, taken[tap.name], phase)
             ]
             layers = [self._layer_record(tap, taken[tap.name], phase) for tap in read]
             if layers and phase == "eval":
@@ -150,34 +156,40 @@ class Watch:
         return layer_record(
             tap.name,
             taken.sums[phase],
-            layout=tap.layout,
+            layout=tap.layouts[phase],
             layer_tiers=tap.tiers,
             top_k=tap.top_k,
             thresholds=self.thresholds,
             control=tap.control,
             extras=taken.extras,
             labels=taken.labels if phase == "eval" else {},
+            nearest=taken.nearest if phase == "eval" else None,
             num_classes=self.num_classes,
         )
 
-    def _meet(self, phases: tuple[Phase, ...]) -> transfer.Reduce | None:
-        """Hear how the other processes stand; return what adds up their sums, if they fit."""
+    def _meet(self) -> list[transfer.Extent] | None:
+        """Hear how the other processes stand; return what there is of all, if that fits."""
         if self._all_know:
             return None
         self._all_know = True  # should this exchange itself fail, it is not tried again
-        failed, alike = transfer.agree(self.taps, phases, failed=self.failed)
+        failed, num_classes, extents = transfer.agree(
+            self.taps, failed=self.failed, num_classes=self.num_classes or 0
+        )
+        self.num_classes = num_classes or None
         self._all_know = failed
         if failed and not self.failed:
             self._stop("an error in another process, which tells it")
-        if not alike:
+        if extents is None:
             self._warn(
-                "reduce", "processes have called different layers: counts are of this one alone"
+                "reduce",
+                "processes have layers of different sizes, or labels of different numbers of "
+                "classes: counts are of this one alone",
             )
-        return distributed.all_reduce if alike else None
+        return extents
 
-    def _readable(self, tap: taps.LayerTap, sums_V: Tensor) -> bool:
+    def _readable(self, tap: taps.LayerTap, taken: transfer.Taken, phase: Phase) -> bool:
         """Whether a layer saw tokens, and its experts received what its router decided."""
-        sums = tap.layout.unpack(sums_V)
+        sums = tap.layouts[phase].unpack(taken.sums[phase])
         executed_E = sums["executed"]
         if tap.refused is None and executed_E.any() and not executed_E.equal(sums["topk"]):
             tap.refused = (
@@ -257,17 +269,29 @@ class Watch:
             per_sample=logits.dim() == 2,
         )
 
-    def state_dict(self) -> Record:
-        """Return what was not taken yet, and what later records need, as plain data."""
+    def state_dict(self, *, together: bool = False) -> Record:
+        """Return what was not taken yet, and what later records need, as plain data.
+
+        Args:
+            together: Where several processes train, whether all of them call this at once; then
+                the state of the first one holds what all have counted.
+        """
         layers: Record = {}
         outcomes = [0.0] * 3
+        extents = self._meet() if together and is_distributed() else None
         if not self.failed:
             taken, outcomes_3 = transfer.take_sums(
-                self.taps, PHASES, restart=False, outcomes_3=self._outcomes_3
+                self.taps, PHASES, restart=False, extents=extents, outcomes_3=self._outcomes_3
             )
-            layers = {tap.name: layer_state(tap, taken[tap.name]) for tap in self.taps if tap.sums}
+            called = [tap for tap in self.taps if tap.name in taken]
+            layers = {tap.name: layer_state(tap, taken[tap.name]) for tap in called}
             outcomes = outcomes_3.tolist()
-        return {"sums": layers, "outcomes": outcomes, "num_classes": self.num_classes}
+        return {
+            "rank": _rank(),
+            "sums": layers,
+            "outcomes": outcomes,
+            "num_classes": self.num_classes,
+        }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Check a state before anything is changed.
@@ -276,9 +300,8 @@ class Watch:
             ValueError: It belongs to a model with other layers, or did not come from `state_dict`.
         """
         optional = (int, type(None))
-        check_keys(
-            state, {"sums": dict, "outcomes": list, "num_classes": optional}, name="state['watch']"
-        )
+        kinds = {"rank": int, "sums": dict, "outcomes": list}
+        check_keys(state, {**kinds, "num_classes": optional}, name="state['watch']")
         outcomes = state["outcomes"]
         if len(outcomes) != 3 or not all(isinstance(value, int | float) for value in outcomes):
             raise ValueError(
@@ -295,19 +318,26 @@ class Watch:
             check_layer_state(by_name[name], of_layer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that passes `check_state`."""
+        """Go on from a state that passes `check_state`.
+
+        What one process has counted is loaded by none but itself, or it would count twice.
+        """
+        self.num_classes = state["num_classes"]
         by_name = {tap.name: tap for tap in self.taps}
+        if state["rank"] != _rank():
+            for tap in self.taps:
+                if tap.sums:
+                    tap.restart(PHASES)
+            for name, of_layer in state["sums"].items():
+                by_name[name].compared = was_compared(of_layer)  # once an evaluation is enough
+            return
         for name, of_layer in state["sums"].items():
             load_layer_state(by_name[name], of_layer)
-        evaluated = [
-            t for t in self.taps if t.sums and t.layout.unpack(t.sums["eval"])["top1"].any()
-        ]
-        self._traffic.evaluated = bool(evaluated)
+        self._traffic.evaluated = any("eval" in tap.sums for tap in self.taps)
         if any(state["outcomes"]):
-            device = self.taps[0].sums["eval"].device if self.taps[0].sums else None
-            wide = statistics.wide_dtype(device or torch.device("cpu"))
+            device = self.taps[0].device if self.taps[0].sums else torch.device("cpu")
+            wide = statistics.wide_dtype(device)
             self._outcomes_3 = torch.tensor(state["outcomes"], dtype=wide, device=device)
-        self.num_classes = state["num_classes"]
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -352,7 +382,11 @@ def is_distributed() -> bool:
 
 def is_first_process() -> bool:
     """Whether this process writes what all have counted."""
-    return not is_distributed() or distributed.get_rank() == 0
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return distributed.get_rank() if is_distributed() else 0
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -1,22 +1,27 @@
 """What monitoring costs: ``python -m tests.benchmarks.monitor``.
 
-Forward and backward passes of a GPT-2-small-shaped model with EcoMoE layers on the CPU, with and
-without hooks in turn, so that a drift of the machine's speed meets both. No optimizer steps, so the
-shares are upper bounds of those of a training step. Two figures of the cost are printed: the paired
-difference of processor time, which holds everything and is noisy (how noisy, pairs without any
-monitor tell), and the time inside the monitor's own hooks, which is precise. It prints the cost of
-a report, the bytes held, the transfers to the host and the graph breaks as well.
+Forward and backward passes of a GPT-2-small-shaped model with EcoMoE layers on the CPU. No
+optimizer steps, so the shares are upper bounds of those of a training step. Two figures of the cost
+are printed. One holds everything and is noisy: processor time of blocks of four steps, A B B A and
+B A A B in turn, A without a monitor and B with one, so that a steady drift of the machine's speed
+cancels in each block; the median over blocks of B / A - 1 with the bootstrap interval of 95 %, and
+the same of blocks without any monitor, which tells what the noise is. The other one is precise: the
+time inside the monitor's own hooks. Both are shares, and the same for each layer, so fewer layers
+(``--layers 2``) buy more blocks.
+
+It prints the cost of a report, the bytes held, the transfers to the host and the graph breaks too.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +34,7 @@ from ecomoe.ecology import readers, taps, transfer
 
 # On an accelerator the host waits for each of these; on a CPU they can at least be counted.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero")
+NUM_HELD = 4
 
 
 class Block(nn.Module):
@@ -93,53 +99,64 @@ def around_hooks(wrapper: Callable[[Callable[..., None]], Callable[..., None]]) 
 
 
 class Timings(NamedTuple):
-    """Seconds of processor time, one for each round.
+    """What was measured, one for each block.
 
     Attributes:
-        plain: A step without a monitor.
-        again: Another one.
-        watched: A step with a monitor.
-        hooks: The part of ``watched`` that is spent inside hooks.
-        reports: A report after it.
+        plain: Seconds of processor time of a step without a monitor.
+        watched: Processor time of steps with a monitor over that of steps without, less 1.
+        noise: The same with no monitor in either.
+        hooks: The part of a step with a monitor that is spent inside hooks.
+        reports: Seconds of a report after it.
     """
 
     plain: list[float]
-    again: list[float]
     watched: list[float]
+    noise: list[float]
     hooks: list[float]
     reports: list[float]
 
 
-def time_rounds(model: nn.Module, tokens: torch.Tensor, *, num: int) -> Timings:
-    """Return what the parts of some rounds take."""
+def time_blocks(model: nn.Module, tokens: torch.Tensor, *, num: int) -> Timings:
+    """Return what the parts of some blocks take."""
     found = Timings([], [], [], [], [])
+    inside = 0.0
 
     def timing(original: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: object, **kwargs: object) -> None:
+            nonlocal inside
             start = time.process_time()
             original(*args, **kwargs)
-            found.hooks[-1] += time.process_time() - start
+            inside += time.process_time() - start
 
         return timed
 
-    def watch() -> None:
+    def watch() -> float:
+        nonlocal inside
         with ecomoe.Monitor(model, every=10**9, view="off") as monitor:
-            found.hooks.append(0.0)
-            found.watched.append(step(model, tokens))
+            inside = 0.0
+            seconds = step(model, tokens)
+            found.hooks.append(inside / seconds)
             start = time.process_time()
             monitor.report()
             found.reports.append(time.process_time() - start)
+        return seconds
 
-    turns = [
-        lambda: found.plain.append(step(model, tokens)),
-        watch,
-        lambda: found.again.append(step(model, tokens)),
-    ]
+    def plain() -> float:
+        found.plain.append(step(model, tokens))
+        return found.plain[-1]
+
+    def block(other: Callable[[], float], *, turned: bool) -> float:
+        order = [plain, other, other, plain]
+        if turned:
+            order = [other, plain, plain, other]
+        seconds = [take() for take in order]
+        outer, inner = seconds[0] + seconds[3], seconds[1] + seconds[2]
+        return outer / inner - 1 if turned else inner / outer - 1
+
     with around_hooks(timing):
         for number in range(num):
-            # Each is first in its turn, so that what one leaves behind meets all.
-            for place in range(3):
-                turns[(number + place) % 3]()
+            found.watched.append(block(watch, turned=number % 2 == 1))
+            found.noise.append(block(lambda: step(model, tokens), turned=number % 2 == 1))
     return found
 
 
@@ -184,29 +201,65 @@ def count_graph_breaks(tokens: torch.Tensor) -> int:
     return sum(counters["graph_break"].values())
 
 
-def bytes_held(model: nn.Module) -> float:
-    """Return the bytes of tensors that a tap holds after a step, as a mean over layers."""
-    with ecomoe.Monitor(model, view="off") as monitor:
+def bytes_held(num_experts: int) -> tuple[float, float, float]:
+    """Return the bytes of tensors that the monitor holds, whatever the layers' width.
+
+    Returns:
+        A layer's while training, a layer's in the middle of an evaluation with labels of ten
+        classes for 64 predictions, and what all layers share.
+    """
+    tiers = (num_experts // 2, num_experts // 4, num_experts // 4)
+    model = nn.Sequential(*[ecomoe.EcoMoE(4, 4, tiers=tiers) for _ in range(NUM_HELD)])
+    x = torch.randn(64, 4)
+    with ecomoe.Monitor(model, view="off") as monitor, torch.no_grad():
         assert monitor._watch is not None
-        with torch.no_grad():
-            model(torch.randn(1, 8, model[0].norm1.normalized_shape[0]))
-        of_taps = [_tensors(vars(tap)) for tap in monitor._watch.taps]
-        return statistics.mean(
-            sum(t.numel() * t.element_size() for t in found) for found in of_taps
-        )
+        constants = _tensors(monitor._watch._traffic.constants)
+        shared = _size(constants.values())
+
+        def of_a_layer() -> float:
+            found: dict[int, torch.Tensor] = {}
+            for tap in monitor._watch.taps:  # type: ignore[union-attr]
+                found |= _tensors({k: v for k, v in vars(tap).items() if k != "traffic"})
+            of_model = {id(t) for part in model.modules() for t in part.state_dict().values()}
+            own = [t for key, t in found.items() if key not in {*constants, *of_model}]
+            return _size(own) / NUM_HELD
+
+        model(x)
+        training = of_a_layer()
+        model.eval()
+        model(x)
+        monitor.evaluate(outputs=torch.randn(64, 10), targets=torch.arange(64) % 10)
+        evaluation = of_a_layer()
+        monitor.report()
+        assert of_a_layer() == training
+    return training, evaluation, shared
 
 
-def _tensors(values: dict[str, object]) -> list[torch.Tensor]:
-    found = [value for value in values.values() if isinstance(value, torch.Tensor)]
-    for value in values.values():
-        found += value.values() if isinstance(value, dict) else ()
-    return found
+def _tensors(value: Any) -> dict[int, torch.Tensor]:
+    """Return all tensors in nested containers, by their identity."""
+    if isinstance(value, torch.Tensor):
+        return {id(value): value}
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple):
+        return {}
+    return {key: tensor for part in inner for key, tensor in _tensors(part).items()}
+
+
+def _size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median and the quartiles around it."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, low, high
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median and its bootstrap interval of 95 %."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return statistics.median(values), medians[50], medians[-51]
 
 
 def main() -> None:
@@ -217,38 +270,41 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536, help="of each of 16 experts")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=4, help="blocks of four steps, each kind")
+    parser.add_argument("--held", action="store_true", help="print the bytes held, and end")
     given = parser.parse_args()
+    print("held, KiB           training, evaluation: of a layer; shared by all layers of a model")
+    for num_experts in (16, 128, 512):
+        kib = [size / 1024 for size in bytes_held(num_experts)]
+        print(f"  {num_experts:3} experts       {kib[0]:.1f}, {kib[1]:.1f}; {kib[2]:.1f}")
+    if given.held:
+        return
     torch.manual_seed(0)
     heads = max(1, given.d_model // 64)
     blocks = [Block(given.d_model, heads, given.hidden) for _ in range(given.layers)]
     model = nn.Sequential(*blocks)
     tokens = torch.randn(given.batch, given.length, given.d_model)
     step(model, tokens)
-    found = time_rounds(model, tokens, num=given.rounds)
-    whole = statistics.median(found.plain + found.again)
+    found = time_blocks(model, tokens, num=given.rounds)
+    whole = statistics.median(found.plain)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{given.layers} layers, D={given.d_model}, 16 experts of {given.hidden}, top 2, "
         f"{millions:.0f} M parameters, {given.batch * given.length} tokens a step, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {given.rounds} rounds"
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {given.rounds} blocks"
     )
     print(
         "a step              {:.3f} s, quartiles {:.3f} to {:.3f}".format(*quartiles(found.plain))
     )
-    for name, others in (("with the monitor", found.watched), ("with none, again", found.again)):
-        differences = [(b - a) / whole for a, b in zip(found.plain, others, strict=True)]
-        print(
-            f"{name}    {{:+.2%}}, quartiles {{:+.2%}} to {{:+.2%}}".format(*quartiles(differences))
-        )
+    for name, ratios in (("with the monitor", found.watched), ("with none, twice", found.noise)):
+        print(f"{name}    {{:+.2%}}, 95 % {{:+.2%}} to {{:+.2%}}".format(*median_interval(ratios)))
     print(
-        "inside the hooks    {:.2%} of a step, quartiles {:.2%} to {:.2%}".format(
-            *quartiles([seconds / whole for seconds in found.hooks])
+        "inside the hooks    {:.3%} of a step, 95 % {:.3%} to {:.3%}".format(
+            *median_interval(found.hooks)
         )
     )
     report = statistics.median(found.reports)
     print(f"a report            {report * 1e3:.1f} ms, {report / whole / 100:.3%} of 100 steps")
-    print(f"held a layer        {bytes_held(model) / 1024:.1f} KiB")
     in_hooks, in_report = count_waits(model, tokens)
     print(f"host waits          {in_hooks} in the hooks of 2 steps, {in_report} a report")
     print(f"graph breaks        {count_graph_breaks(tokens)}")
