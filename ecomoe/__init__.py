@@ -12,6 +12,7 @@ from ecomoe.rescue import rescue
 if TYPE_CHECKING:
     from ecomoe.ecology.monitor import Monitor
     from ecomoe.ecology.report import Report
+    from ecomoe.ecology.taxonomy import Thresholds
 
     __version__: str
 
@@ -20,6 +21,7 @@ __all__ = [
     "EcoMoE",
     "Monitor",
     "Report",
+    "Thresholds",
     "aux_loss",
     "control_parameter",
     "convert",
@@ -30,7 +32,11 @@ __all__ = [
 extend_registries()
 
 # What needs more than torch loads at first use.
-_LAZY = {"Monitor": "ecomoe.ecology.monitor", "Report": "ecomoe.ecology.report"}
+_LAZY = {
+    "Monitor": "ecomoe.ecology.monitor",
+    "Report": "ecomoe.ecology.report",
+    "Thresholds": "ecomoe.ecology.taxonomy",
+}
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ for leave to use any name
 

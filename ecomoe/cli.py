@@ -37,8 +37,12 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
     report = commands.add_parser("report", help="show the report of a run")
     which = "the file that Monitor(log=...) wrote; of several runs in it, FILE#1 is the first"
     report.add_argument("run", metavar="FILE[#N]", help=which)
-    report.add_argument("--phase", choices=["train", "eval", "generate"], help="which traffic")
-    report.add_argument("--html", type=Path, help="write one HTML file with plots as well")
+    report.add_argument(
+        "--phase",
+        choices=["train", "eval", "generate"],
+        help="which traffic; by default eval where there was any, else train",
+    )
+    report.add_argument("--html", type=Path, help="write one HTML file with plots as well (none)")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
     watch = commands.add_parser("watch", help="follow a run while it trains")
     watch.add_argument("run", metavar="FILE", help="the file that Monitor(log=...) writes")
@@ -52,10 +56,16 @@ def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = 
         "are compared",
     )
     against.add_argument(
-        "--metric", choices=["accuracy", "loss"], default="accuracy", help="with --seeds"
+        "--metric", choices=["accuracy", "loss"], default="accuracy", help="with --seeds (accuracy)"
     )
-    against.add_argument("--margin", type=float, default=0.01, help="the difference that matters")
-    against.add_argument("--alpha", type=float, default=0.05, help="error rate of the test")
+    against.add_argument(
+        "--margin",
+        type=float,
+        default=0.01,
+        help="the difference that matters, in the metric's unit: a share for accuracy, nats for "
+        "loss (0.01)",
+    )
+    against.add_argument("--alpha", type=float, default=0.05, help="error rate of the test (0.05)")
     against.add_argument("--json", action="store_true", help="print the comparison as JSON")
     costing.add_arguments(
         commands.add_parser("cost", help="say what a layer costs here and on many devices")

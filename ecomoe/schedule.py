@@ -58,11 +58,7 @@ class Schedule:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={model!r} must be an nn.Module; pass the converted model")
-        if type(total_steps) is not int or total_steps < 1:
-            raise ValueError(
-                f"total_steps={total_steps!r} must be an int >= 1; pass the number of optimizer "
-                "steps in the whole run: epochs * batches per epoch / accumulation steps"
-            )
+        check_total_steps(total_steps)
         self._layers = [module for module in model.modules() if isinstance(module, EcoMoE)]
         if not self._layers:
             raise ValueError(
@@ -142,6 +138,19 @@ class Schedule:
     def _tell(self) -> None:
         for layer in self._layers:
             layer.set_progress(self.progress)
+
+
+def check_total_steps(total_steps: object) -> None:
+    """Check the number of optimizer steps of a run.
+
+    Raises:
+        ValueError: It is no whole number from 1 on.
+    """
+    if type(total_steps) is not int or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r} must be an int >= 1; pass the number of optimizer "
+            "steps in the whole run: epochs * batches per epoch / accumulation steps"
+        )
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:

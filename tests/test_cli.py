@@ -50,7 +50,7 @@ def test_report_as_json(run, capsys):
 
 
 def test_report_as_html(run, tmp_path, capsys):
-    path = tmp_path / "report.html"
+    path = tmp_path / "new" / "folder" / "report.html"
     assert cli.main(["report", str(run), "--html", str(path)]) == 0
     assert "wrote" in capsys.readouterr().err
     assert path.stat().st_size > 1_000_000  # the plots' script is inside
@@ -180,6 +180,8 @@ def test_errors_are_told_in_one_line(run, capsys, arguments, message):
         ({"step": "1", "phase": "train"}, "is no record"),
         ({"step": 1, "phase": 7}, "is no record"),
         ({"run": ["x"]}, "is no record"),
+        ({"step": 1, "phase": "train", "layers": None}, "is no record"),
+        ({"step": 1, "phase": "train", "layers": [None]}, "is no record"),
         ({"step": 1, "phase": "train"}, "another version"),
     ],
     ids=str,
@@ -207,6 +209,21 @@ def test_a_run_without_its_begin_is_watched(run, capsys):
     run.write_text('{"run":"x"}\n')
     assert cli.main(["watch", "--once", str(run)]) == 0
     assert "run x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("report", ["by default eval where there was any, else train"]),
+        ("compare", ["(0.01)", "(0.05)", "(accuracy)"]),
+    ],
+)
+def test_help_says_the_defaults(command, defaults, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for default in defaults:
+        assert default in told
 
 
 def test_unknown_command():

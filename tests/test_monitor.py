@@ -585,9 +585,26 @@ def test_wrong_models():
         ecomoe.Monitor("gpt2")
     with pytest.raises(ValueError, match="no effect without a model"):
         ecomoe.Monitor(total_steps=3)
+    with pytest.raises(ValueError, match="total_steps=-1 must be an int >= 1"):
+        ecomoe.Monitor(total_steps=-1)
     monitor = ecomoe.Monitor(make()[0])
     with pytest.raises(ValueError, match=r"already watches a model; call close\(\) first"):
         monitor.attach(make()[0])
+
+
+def test_layers_that_come_after_attaching_are_told():
+    model = nn.Sequential(make()[0], nn.Linear(3, 3))
+    with ecomoe.Monitor(model, view="off") as monitor:
+        model[1] = nn.Linear(3, 3)  # which is no layer to watch
+        model(torch.randn(2, 5, 6))
+        monitor.report()
+        model[0].moe = ecomoe.EcoMoE(8, 16, tiers=(2, 2))
+        model.append(ecomoe.EcoMoE(3, 4, tiers=(2, 2)))
+        model(torch.randn(2, 5, 6))
+        with pytest.warns(UserWarning, match=r"layers 0\.moe, 2 came into the model after") as told:
+            monitor.report()
+        monitor.report()  # is told once
+    assert len(told) == 1
 
 
 def test_own_thresholds_are_used():

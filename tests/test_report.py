@@ -1,8 +1,11 @@
+import copy
 import io
 import json
 import math
 import shutil
 import subprocess
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ecomoe import Control, EcoMoE, Monitor, Report
-from ecomoe.ecology.events import Event
+from ecomoe.ecology.events import Event, detect
 from ecomoe.ecology.live import LiveView
 from ecomoe.ecology.records import build_record, layer_record, prediction_record
 from ecomoe.ecology.report import scalars, summary_line
@@ -283,6 +286,7 @@ def long_event(step):
     return Event(
         kind="death", step=step, phase="eval", layer="model.layers.17.feed_forward.experts",
         expert=111, basis="topk", evidence={"usage": 0.0031, "low": 0.001, "high": 0.0095},
+        advice="raise balance_weight",
     ).to_dict()  # fmt: skip
 
 
@@ -309,6 +313,7 @@ def test_live_view_fits_the_terminal():
     assert "layers with at most" in told
     for event in events[-3:]:
         assert str(Event(**event)) in told
+    assert "-> death: raise balance_weight" in told
 
 
 def test_events_are_told_in_full():
@@ -316,6 +321,37 @@ def test_events_are_told_in_full():
     assert max(map(len, text.splitlines())) <= 80
     for step in (7, 8):
         assert f"- {Event(**long_event(step))}" in " ".join(text.split())
+    assert text.count("-> death: raise balance_weight") == 1
+
+
+def test_terminal_tells_redundancy_and_saturation():
+    layers = [make_layer(name) for name in ("a", "b")]
+    assert "Redundancy" not in rendered(Report(make_record(*layers)))
+    for layer, value in zip(layers, (0.25, 0.75), strict=True):
+        layer["redundancy"] = {"cosine": value}
+        layer["lockdown"]["saturation"] = 1 - value
+    text = rendered(Report(make_record(*layers)))
+    assert "Redundancy, cosine of experts' outputs: 0.50, most 0.75 in b" in text
+    assert "Saturation, choices kept since the last evaluation: 0.50, most 0.75 in a" in text
+    view = LiveView(console := console_of())
+    view.update(make_record(*layers), trajectory=[], events=[])
+    view.close()
+    assert "Redundancy" in console.file.getvalue()
+
+
+def test_big_reports_are_copied_in_no_time():
+    layers = [make_layer(f"model.layers.{i}.mlp", tiers=(64, 32, 32)) for i in range(24)]
+    report = Report(make_record(*layers))
+    _, memory = detect({}, report.to_dict(), thresholds=Thresholds())
+    calls = Counter()
+    tracer = lambda frame, event, _: calls.update([frame.f_code.co_filename])  # noqa: E731
+    sys.setprofile(tracer)
+    try:
+        assert report.to_dict() == report.to_dict()
+        detect(memory, report.to_dict(), thresholds=Thresholds())
+    finally:
+        sys.setprofile(None)
+    assert copy.__file__ not in calls
 
 
 def test_live_view_without_a_terminal_prints_lines():
@@ -328,7 +364,8 @@ def test_live_view_without_a_terminal_prints_lines():
     view.close()
     lines = console.file.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["step 1 eval", "step 2 eval"]
-    assert " ".join(line.strip() for line in lines[2:]) == str(Event(**long_event(2)))
+    told = " ".join(line.strip() for line in lines[2:])
+    assert told == f"{Event(**long_event(2))} -> death: raise balance_weight"
 
 
 def test_stability_over_the_last_reports():

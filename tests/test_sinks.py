@@ -1,6 +1,9 @@
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -277,3 +280,61 @@ def test_a_run_resumes_where_another_wrote_in_between(tmp_path):
     expected = {second.run: [RECORDS[1], RECORDS[3]], first.run: [*RECORDS[::2], RECORDS[3]]}
     assert {run.id: run.records for run in read_runs(path)} == expected
     assert list(again.records()) == expected[first.run]
+
+
+WRITER = """
+import json, sys
+from ecomoe.ecology.sinks import JsonlSink
+sink = JsonlSink(sys.argv[1])
+for line in sys.stdin:
+    sink.write(json.loads(line))
+    print(json.dumps(sink.state_dict()), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_run_that_another_process_is_writing_is_left_to_it(tmp_path):
+    path = tmp_path / "run.jsonl"
+    write(path, RECORDS[:1])
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdin is not None
+    assert other.stdout is not None
+
+    def let_it_write(record):
+        print(json.dumps(record), file=other.stdin, flush=True)
+        return json.loads(other.stdout.readline())
+
+    try:
+        state = let_it_write(RECORDS[1])
+        let_it_write(RECORDS[2])
+        again = JsonlSink(path)
+        with pytest.warns(UserWarning, match="another process is still writing run"):
+            assert again.rewind(state)
+        again.write(RECORDS[3])
+        let_it_write(RECORDS[0])
+        *_, theirs, ours = sorted(read_runs(path), key=lambda run: run.id == again.run)
+        assert theirs.records == [RECORDS[1], RECORDS[2], RECORDS[0]]
+        assert ours.records == [RECORDS[1], RECORDS[3]] == list(again.records())
+    finally:
+        other.kill()
+        other.wait()
+        other.stdin.close()
+        other.stdout.close()
+    after = JsonlSink(path)
+    assert after.rewind(state)  # it was killed, and its lock with it
+    after.write(RECORDS[3])
+    (found,) = [run for run in read_runs(path) if run.id == state["run"]]
+    assert found.records == [RECORDS[1], RECORDS[3]]
+
+
+def test_closing_leaves_nothing_open(tmp_path):
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(RECORDS[0])
+    sink.close()
+    write(tmp_path / "run.jsonl", RECORDS)  # its sink is forgotten without being closed
+    after = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    assert after == before

@@ -56,7 +56,7 @@ class TrainerEvents(ABC):
     def _advance(self, step: int) -> None: ...
 
     @abstractmethod
-    def _cut(self, phases: Sequence[Phase]) -> Record | None: ...
+    def _cut(self, phases: Sequence[Phase], *, loss: float | None = None) -> Record | None: ...
 
     def _nothing(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: B027
         """Do nothing."""
@@ -97,7 +97,7 @@ class TrainerEvents(ABC):
 
     def _add_to_logs(self, logs: dict[str, float], state: Any) -> None:
         evaluation = any(key.startswith("eval_") for key in logs)
-        record = self._cut(("eval",) if evaluation else ("train",))
+        record = self._cut(("eval",) if evaluation else ("train",), loss=_loss_of(logs))
         added: dict[str, float] = {}
         if not evaluation and self._session is not None:
             added |= self._session.auxiliary_logs()
@@ -152,6 +152,16 @@ class TrainerEvents(ABC):
                 if isinstance(callback, TrainerEvents):
                     callback._detach(last_report=False)
             raise
+
+
+def _loss_of(logs: Mapping[str, Any]) -> float | None:
+    """Return the loss of the evaluation that a Trainer logs.
+
+    It weighs batches and tokens in its own way; the report is to say what its log says.
+    """
+    names = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]
+    losses = [logs.get(f"{name}_loss") for name in names]
+    return float(losses[0]) if losses and isinstance(losses[0], int | float) else None
 
 
 def has_eco_layers(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ecomoe.ecology.events import Event, advice_lines
 from ecomoe.ecology.report import summary_line
 from ecomoe.ecology.statistics import BASES
 
@@ -44,6 +45,7 @@ def render_report(
     yield from prediction_lines(record)
     yield from trajectory_lines(record, trajectory, events)
     yield layer_table(record["layers"])
+    yield from measure_lines(record["layers"])
     for layer in worst_layers(record["layers"]):
         yield expert_table(layer)
     yield from event_lines(events)
@@ -139,6 +141,31 @@ def layer_table(layers: Sequence[Record]) -> Table:
     return table
 
 
+def measure_lines(layers: Sequence[Record]) -> Iterator[RenderableType]:
+    """Yield how alike experts are and how settled choices are: mean, and the extreme layer."""
+    for name, values in (
+        ("Redundancy, cosine of experts' outputs", [_cosine(layer) for layer in layers]),
+        (
+            "Saturation, choices kept since the last evaluation",
+            [layer["lockdown"].get("saturation") for layer in layers],
+        ),
+    ):
+        known = [
+            (v, layer["name"]) for v, layer in zip(values, layers, strict=True) if v is not None
+        ]
+        if not known:
+            continue
+        mean = sum(value for value, _ in known) / len(known)
+        most, where = max(known)
+        of_most = f", most {most:.2f} in {_tail(where, 20)}" if len(known) > 1 else ""
+        yield Text(f"{name}: {mean:.2f}{of_most}", no_wrap=True, overflow="ellipsis")
+
+
+def _cosine(layer: Record) -> float | None:
+    found: float | None = (layer.get("redundancy") or {}).get("cosine")
+    return found
+
+
 def expert_table(layer: Record) -> Table:
     """Return one row an expert: usage on both bases, accuracy and categories."""
     experts = list(range(layer["num_experts"]))
@@ -180,9 +207,7 @@ def expert_table(layer: Record) -> Table:
 
 
 def event_lines(events: Sequence[Record], *, num: int = MAX_EVENTS) -> Iterator[RenderableType]:
-    """Yield the last events; what does not fit a line goes on below it."""
-    from ecomoe.ecology.events import Event
-
+    """Yield the last events and what to do about them; what does not fit goes on below."""
     if not events:
         return
     more = f" (the last {num} of {len(events)})" if len(events) > num else ""
@@ -192,6 +217,8 @@ def event_lines(events: Sequence[Record], *, num: int = MAX_EVENTS) -> Iterator[
     lines.add_column(overflow="fold")
     for event in events[-num:]:
         lines.add_row(" -", Text(str(Event(**event))))
+    for advice in advice_lines(events[-num:]):
+        lines.add_row("->", Text(advice, style="italic"))
     yield lines
 
 

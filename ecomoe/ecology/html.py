@@ -62,7 +62,7 @@ def write_html(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
     """Write the report of a run.
 
     Args:
-        path: The file; an existing one is replaced.
+        path: The file; an existing one is replaced, folders are made as needed.
         records: All records of the run, at least one. Evaluation is shown where there was any,
             else training; losses of both.
 
@@ -100,6 +100,8 @@ def write_html(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
         f"{_measure_table(last)}<h2>Plots</h2>{plots}{_event_table(records)}"
         f'<script type="application/json" id="records">{data}</script></body></html>\n'
     )
+    if not Path(path).parent.exists():
+        Path(path).parent.mkdir(parents=True)
     Path(path).write_text(page, encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from ecomoe.ecology.console import (
     event_lines,
     layer_table,
+    measure_lines,
     prediction_lines,
     trajectory_lines,
 )
@@ -61,7 +62,7 @@ class LiveView:
     ) -> RenderableType:
         above: list[RenderableType] = [Text(summary_line(dict(record)), style="bold")]
         above += [*prediction_lines(record), *trajectory_lines(record, trajectory, events)]
-        below = list(event_lines(events, num=NUM_EVENTS))
+        below = [*measure_lines(record["layers"]), *event_lines(events, num=NUM_EVENTS)]
         taken = len(self._console.render_lines(Group(*above, *below)))
         shown, rest = self._fitting(record["layers"], self._console.height - taken - TABLE_LINES)
         return Group(*above, layer_table(shown), *([Text(rest)] if rest else []), *below)

@@ -16,13 +16,13 @@ from ecomoe.ecology.events import Event
 from ecomoe.ecology.outcomes import domains_of, outcomes_of
 from ecomoe.ecology.readers import Reader
 from ecomoe.ecology.recorder import Recorder, check_keys
-from ecomoe.ecology.records import build_record
+from ecomoe.ecology.records import build_record, with_loss
 from ecomoe.ecology.report import Report
 from ecomoe.ecology.sinks import JsonlSink, check_log
 from ecomoe.ecology.taxonomy import Thresholds
 from ecomoe.ecology.traffic import PHASES, Phase
 from ecomoe.ecology.watch import Watch, is_distributed, is_first_process
-from ecomoe.schedule import Schedule, unwrap_optimizer
+from ecomoe.schedule import Schedule, check_total_steps, unwrap_optimizer
 
 Record = dict[str, Any]
 EventHandler = Callable[[Event], None]
@@ -112,6 +112,8 @@ class Monitor(TrainerEvents):
             )
         if on_event is not None and not callable(on_event):
             raise ValueError(f"on_event={on_event!r} must be callable; pass a function of an Event")
+        if total_steps is not None:
+            check_total_steps(total_steps)
         if model is None and (optimizer is not None or total_steps is not None):
             raise ValueError(
                 "optimizer and total_steps have no effect without a model; pass the model first, "
@@ -350,8 +352,13 @@ class Monitor(TrainerEvents):
             self._cut(PHASES)
         return self._recorder.report(phase)
 
-    def _cut(self, phases: Sequence[Phase]) -> Record | None:
-        """Make a record of each phase that saw tokens; return the last one made."""
+    def _cut(self, phases: Sequence[Phase], *, loss: float | None = None) -> Record | None:
+        """Make a record of each phase that saw tokens; return the last one made.
+
+        Args:
+            phases: Kinds of traffic.
+            loss: Of the evaluation, where the loop has a say in that.
+        """
         if self._watch is None:
             return None
         raised: list[Event] = []
@@ -363,7 +370,7 @@ class Monitor(TrainerEvents):
                     phase=phase,
                     progress=self._progress(),
                     layers=taken.layers,
-                    metrics=taken.metrics,
+                    metrics=taken.metrics if loss is None else with_loss(taken.metrics, loss),
                     z=self.thresholds.interval_z,
                 )
                 raised += self._recorder.add(record, taken.choices)

@@ -262,6 +262,11 @@ def metrics_record(outcomes: Sequence[float]) -> Record:
     }
 
 
+def with_loss(metrics: Record, loss: float) -> Record:
+    """Return the metrics with the loss, nats, as the training loop computes it."""
+    return {**metrics, "loss": rounded(loss)}
+
+
 def control_record(control: Control, temperature: float, num_classes: int | None = None) -> Record:
     """Return E, E at the current temperature, the predicted phase and the four settings.
 

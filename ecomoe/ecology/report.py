@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ecomoe.ecology.events import Event
+from ecomoe.ecology.events import Event, advice_lines, copied
 from ecomoe.ecology.records import Record, rounded
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Report:
         """Write one self-contained HTML file with plots of the run.
 
         Args:
-            path: The file; an existing one is replaced.
+            path: The file; an existing one is replaced, folders are made as needed.
         """
         from ecomoe.ecology.html import write_html
 
@@ -85,7 +84,8 @@ class Report:
             "all_events": self._events,
             "stability": stability(self._records, phase=self._record["phase"]),
         }
-        return copy.deepcopy({**self._record, **extra})
+        found: Record = copied({**self._record, **extra})
+        return found
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render for a terminal from 80 columns on."""
@@ -144,12 +144,12 @@ def summary_line(record: Record) -> str:
 
 
 def record_lines(record: Record, *, width: int = 80) -> list[str]:
-    """Return a record as lines of text: itself, and its events below it, wrapped."""
+    """Return a record as lines of text: itself, its events and what to do about them, wrapped."""
+    below = [str(Event(**event)) for event in record["events"]]
+    below += [f"-> {advice}" for advice in advice_lines(record["events"])]
     lines = [summary_line(record)]
-    for event in record["events"]:
-        lines += textwrap.wrap(
-            str(Event(**event)), width, initial_indent="  ", subsequent_indent="    "
-        )
+    for text in below:
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 

@@ -19,7 +19,6 @@ Axes: M probed tokens, K experts chosen for a token.
 from __future__ import annotations
 
 import base64
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,7 +54,7 @@ def compare(
         By layer the ``overlap``, shares of 1, with the choices at each earlier ``step`` that is
         remembered, and the memory for the next call.
     """
-    memory = copy.deepcopy(memory)
+    memory = dict(memory)
     found = {}
     for name, (data, ids_MK) in choices.items():
         snapshots = memory.get(name, [])

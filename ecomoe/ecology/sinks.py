@@ -6,6 +6,7 @@ each part of one where several write at once; all other lines are records.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import stat
 import sys
 import uuid
 import warnings
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+if sys.platform != "win32":
+    import fcntl
 
 Record = dict[str, Any]
 
@@ -32,9 +37,9 @@ _RUN = b'{"run":"'
 class JsonlSink:
     """Appends one record a line; a killed run keeps all lines but the one that it was writing.
 
-    A torn last line, left by an earlier kill, is cut off first. The file is open only while a
-    record is written, so a run that ends in an exception leaves nothing open. What cannot be
-    written, on a full disk, say, waits and is written before the next record.
+    A torn last line, left by an earlier kill, is cut off first. What cannot be written, on a full
+    disk, say, waits and is written before the next record. While the process lives, it holds a lock
+    on the first byte of its run, where the system has such locks.
 
     Args:
         path: The file; folders are made as needed. Earlier runs in it stay.
@@ -51,6 +56,7 @@ class JsonlSink:
         check_log(path)
         self.path = Path(path)
         self.run = uuid.uuid4().hex[:8]
+        self._lock: weakref.finalize[[int], JsonlSink] | None = None
         self._waiting: deque[bytes] = deque()
         self._lost = 0
         try:
@@ -86,8 +92,7 @@ class JsonlSink:
                 file.truncate(begin)
             if self._end == self.start or begin < self._end:  # it is new, or was removed
                 self.start = begin
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                lines.insert(0, _line({"run": self.run, "started": now}))
+                lines.insert(0, _begun(self.run))
             elif begin > self._end:  # another run has written in between
                 lines.insert(0, _line({"run": self.run, "continued": True}))
             rest = memoryview(b"".join(lines))
@@ -99,7 +104,21 @@ class JsonlSink:
                     file.truncate(begin)
                 raise
             self._end, self._check = file.tell(), zlib.crc32(lines[-1])
+        self._hold(self.start)  # closing any handle of a file drops the process's locks on it
         self._waiting.clear()
+
+    def _hold(self, start: int) -> bool:
+        """Lock the first byte of a run; return whether no other process has done so."""
+        if sys.platform == "win32":
+            return True
+        try:
+            if self._lock is None:
+                self._lock = weakref.finalize(self, os.close, os.open(self.path, os.O_RDWR))
+            (handle,) = self._lock.peek()[2]  # type: ignore[index]
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, start)
+        except OSError as error:  # some file systems know no locks
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
 
     def close(self) -> None:
         """Write what waits, if that is possible now; else warn of what is lost."""
@@ -110,6 +129,9 @@ class JsonlSink:
             reason = f": {type(error).__name__}: {error}"
         else:
             reason = ""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
         if self._lost:
             warnings.warn(
                 f"log={os.fspath(self.path)!r} lacks {self._lost} records of this run, which could "
@@ -125,7 +147,8 @@ class JsonlSink:
         """Drop what was written after `state_dict`: a run that resumes writes it again.
 
         Where other runs follow in the file, nothing is dropped: the run is copied behind them, and
-        counts from there alone.
+        counts from there alone. Where another process is still writing the run, it is left to
+        that, and the copy is a run of its own.
 
         Returns:
             Whether the file has at that place what it had then. If not, it is another file, and
@@ -141,16 +164,30 @@ class JsonlSink:
             following = [line for line in file if line.startswith(_RUN)]
             if end == 0 and size and not (following and following[0].startswith(own)):
                 return False
-            if all(line.startswith(own) for line in following):
+            alone = self._hold(start)
+            if alone and all(line.startswith(own) for line in following):
                 file.truncate(end)
             else:
                 file.seek(start)
-                content = b"".join(_lines_of(own, file.read(end - start)))
+                lines = list(_lines_of(own, file.read(end - start)))
+                if not alone:
+                    lines = [line for line in lines if not line.startswith(_RUN)]
+                    lines = [_begun(self.run), *lines] if lines else []
                 file.seek(size)
-                file.write(content)
+                file.write(b"".join(lines))
                 start, end = size, file.tell()
-        self.run = state.get("run", self.run)
+                check = zlib.crc32(_line_before(file, end))
+        if alone:
+            self.run = state.get("run", self.run)
+        else:
+            warnings.warn(
+                f"log={os.fspath(self.path)!r}: another process is still writing run "
+                f"{state.get('run')}, so this one goes on as run {self.run} behind it; end the "
+                "other one, or pass another log",
+                stacklevel=2,
+            )
         self.start, self._end, self._check = start, end, check
+        self._hold(start)
         return True
 
     def records(self) -> Iterator[Record]:
@@ -256,6 +293,11 @@ def _line(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
+def _begun(run: str) -> bytes:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return _line({"run": run, "started": now})
+
+
 def _lines_of(own: bytes, content: bytes) -> Iterator[bytes]:
     """Yield the lines of one run, given how the lines begin that name it."""
     mine = True
@@ -330,7 +372,9 @@ def _parsed(line: bytes, name: str) -> Record:
         ) from error
     run = isinstance(entry, dict) and isinstance(entry.get("run"), str)
     record = isinstance(entry, dict) and type(entry.get("step")) is int
-    if not (run or (record and isinstance(entry.get("phase"), str))):
+    layers = entry.get("layers", []) if record else []
+    whole = isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)
+    if not (run or (record and whole and isinstance(entry.get("phase"), str))):
         raise ValueError(
             f"{name} is no record; it must be written by ecomoe.Monitor(log=...): give another file"
         )

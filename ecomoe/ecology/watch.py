@@ -6,6 +6,7 @@ Axes: M predictions.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -93,6 +94,9 @@ class Watch:
                 f"model={type(model).__name__} has no mixture-of-experts layer to watch; convert "
                 "it first with ecomoe.convert(model, ...), or name its class to register_tap"
             )
+        self._model = model
+        self._readers = readers or {}
+        self._known = weakref.WeakSet(model.modules())
         root = RootTap(
             model,
             traffic=self._traffic,
@@ -123,6 +127,7 @@ class Watch:
         extents = self._meet() if is_distributed() else None
         if self.failed:
             return {}
+        self._look_for_new_layers()
         taken, outcomes_3 = transfer.take_sums(
             self.taps,
             phases,
@@ -151,6 +156,21 @@ class Watch:
             self._traffic.data = None
             self._outcomes_3 = None
         return found
+
+    def _look_for_new_layers(self) -> None:
+        """Warn of layers that have come into the model since it is watched."""
+        if all(module in self._known for module in self._model.modules()):
+            return
+        self._known.update(self._model.modules())
+        hooked = {id(module) for tap in self.taps for module, _, _ in tap.hooks()}
+        found = find_taps(self._model, traffic=Traffic(), readers=self._readers)
+        names = [t.name for t in found if not any(id(m) in hooked for m, _, _ in t.hooks())]
+        if names:
+            self._warn(
+                "new",
+                f"layers {', '.join(names)} came into the model after the monitor was attached, so "
+                "they are not watched; call close() and attach(model, ...) again after converting",
+            )
 
     def _layer_record(self, tap: taps.LayerTap, taken: transfer.Taken, phase: Phase) -> Record:
         return layer_record(
