@@ -17,11 +17,20 @@ from torch import Tensor, nn
 from ecomoe import arguments
 from ecomoe.experts import Experts, FFNExperts, HeadExperts
 from ecomoe.moe import EcoMoE
+from ecomoe.multihop import MultiHop, check_hops
 from ecomoe.oracle import Oracle
-from ecomoe.sites import Found, Layers, adapters_of, find_blocks, refuse_hooks, select_blocks
+from ecomoe.sites import (
+    AddsResidual,
+    Found,
+    Layers,
+    adapters_of,
+    find_blocks,
+    refuse_hooks,
+    select_blocks,
+)
 from ecomoe.summary import Cost, summary
 from ecomoe.token_ids import feed_token_ids
-from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts
+from ecomoe.upcycle import DEFAULT_AMOUNTS, INITS, DenseFFN, Init, fill_experts, shorten_outputs
 
 # A guard against slips: no memory holds the experts that lie beyond.
 MAX_EXPERT_WIDTH = 1000
@@ -54,6 +63,7 @@ def convert(
     z_weight: float = 0.0,
     strength: float = 0.03,
     warmup_fraction: float = 0.0,
+    hops: int = 1,
     verbose: bool = True,
 ) -> Model:
     """Replace a model's feed-forward blocks by EcoMoE layers, in place.
@@ -90,6 +100,9 @@ def convert(
         z_weight: See `EcoMoE`.
         strength: See `EcoMoE`.
         warmup_fraction: See `EcoMoE`.
+        hops: Passes through each layer; from 2 on it is put into an `ecomoe.multihop.MultiHop`.
+            Copies of a dense block then have their outputs divided by ``hops``: together they are
+            the dense block to first order in its update, and never exactly.
         verbose: Whether to print what was done.
 
     Returns:
@@ -101,6 +114,7 @@ def convert(
     """
     _check_module(model)
     arguments.flag("verbose", verbose)
+    check_hops(hops)
     amount = _check_init(init, init_amount)
     _check_expert_width(expert_width)
     found, refused = find_blocks(model)
@@ -122,15 +136,20 @@ def convert(
         "strength": strength,
         "warmup_fraction": warmup_fraction,
     }
-    planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
+    planned = [(block, _plan_layer(block, expert_width, hops, settings)) for block in chosen]
     for block, layer in planned:
         refuse_hooks(block, layer)
     embeddings = _token_embeddings(model) if router == "hash" else []
     before = Cost.of(model, dense=chosen)
-    _replace(model, planned, init=init, amount=amount)
+    _replace(model, planned, hops=hops, init=init, amount=amount)
     if embeddings:
         feed_token_ids(model, *embeddings)
-    record = {"blocks": [block.name for block in chosen], "expert_width": expert_width, **settings}
+    record = {
+        "blocks": [block.name for block in chosen],
+        "expert_width": expert_width,
+        "hops": hops,
+        **settings,
+    }
     if router_options is not None:
         record["router_options"] = dict(router_options)
     if callable(oracle):
@@ -138,7 +157,8 @@ def convert(
     for adapter in adapters_of(model):
         adapter.remember(model, record)
     if verbose:
-        print(summary(before, Cost.of(model, layers=planned), planned, found, refused))
+        after = Cost.of(model, layers=planned, hops=hops)
+        print(summary(before, after, planned, found, refused, hops=hops))
     return model
 
 
@@ -156,6 +176,7 @@ def rebuild(model: nn.Module, records: Sequence[Mapping[str, Any]], *, prefix: s
     for record in records:
         settings = dict(record)
         blocks, expert_width = settings.pop("blocks"), settings.pop("expert_width")
+        hops = settings.pop("hops", 1)
         settings["tiers"] = tuple(settings["tiers"])
         if settings["oracle"] == LOST:
             settings["oracle"] = _lost_oracle
@@ -166,8 +187,8 @@ def rebuild(model: nn.Module, records: Sequence[Mapping[str, Any]], *, prefix: s
                 f"model={type(model).__name__} has none of the blocks that were converted "
                 f"({blocks[0]!r} and others); load the kind of model that was saved"
             )
-        planned = [(block, _plan_layer(block, expert_width, settings)) for block in chosen]
-        _replace(model, planned, init="upcycle", amount=0.0)
+        planned = [(block, _plan_layer(block, expert_width, hops, settings)) for block in chosen]
+        _replace(model, planned, hops=hops, init="upcycle", amount=0.0)
         if settings["router"] == "hash":
             feed_token_ids(model, *_token_embeddings(model))
 
@@ -194,9 +215,21 @@ def _lost_oracle(x_ND: Tensor) -> Tensor:
     )
 
 
-def _plan_layer(block: Found, expert_width: float, settings: Mapping[str, Any]) -> EcoMoE:
+def _plan_layer(
+    block: Found, expert_width: float, hops: int, settings: Mapping[str, Any]
+) -> EcoMoE:
     """Build the layer of a block without memory, so that every check runs before any change."""
     ffn = block.site.ffn
+    if hops > 1 and (ffn.d_output != ffn.d_model or issubclass(block.site.layer, AddsResidual)):
+        what = (
+            "adds the residual itself"
+            if ffn.d_output == ffn.d_model
+            else f"maps {ffn.d_model} features to {ffn.d_output}"
+        )
+        raise ValueError(
+            f"hops={hops} must be 1 for {block.name}, which {what}, and a hop starts where the "
+            "last one ended; leave hops out, or leave the block out of layers"
+        )
     dtypes = [projection.weight.dtype for projection in ffn.projections]
     for dtype in dtypes:
         if not dtype.is_floating_point:
@@ -269,7 +302,12 @@ class DenseTwin(nn.Module):
 
 
 def _replace(
-    model: nn.Module, planned: list[tuple[Found, EcoMoE]], *, init: Init, amount: float
+    model: nn.Module,
+    planned: list[tuple[Found, EcoMoE]],
+    *,
+    hops: int,
+    init: Init,
+    amount: float,
 ) -> None:
     undo: list[tuple[nn.Module, str, Any]] = []
     holders = _holders(model)
@@ -282,15 +320,16 @@ def _replace(
 
     try:
         for block, layer in planned:
-            _fill_layer(layer, block.site.ffn, init=init, amount=amount)
+            _fill_layer(layer, block.site.ffn, hops=hops, init=init, amount=amount)
             for name, module in block.site.extras.items():
                 layer.add_module(name, module)
-            layer.train(block.module.training)
+            new = MultiHop(layer, hops=hops) if hops > 1 else layer
+            new.train(block.module.training)
             if block.site.seat:
-                put(block.module, block.site.seat, layer)
+                put(block.module, block.site.seat, new)
             else:
                 for holder, attribute in holders[id(block.module)]:
-                    put(holder, attribute, layer)
+                    put(holder, attribute, new)
             for name in block.site.emptied:
                 put(block.module, name, nn.Identity().train(block.module.training))
             for name in block.site.zeroed:
@@ -313,7 +352,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return holders
 
 
-def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, init: Init, amount: float) -> None:
+def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, hops: int, init: Init, amount: float) -> None:
     """Give a planned layer its memory and its start values."""
     device = ffn.down.weight.device
     experts = layer.experts
@@ -324,8 +363,11 @@ def _fill_layer(layer: EcoMoE, ffn: DenseFFN, *, init: Init, amount: float) -> N
         layer.reset_parameters()
         _allocate(experts.modules(), device)
     fill_experts(experts, ffn, init=init, amount=amount)
+    if hops > 1 and init != "random":
+        shorten_outputs(experts, 1 / hops)
     if isinstance(layer.dense, DenseTwin):
         fill_experts(layer.dense.expert, ffn, init="upcycle", amount=0.0)
+        shorten_outputs(layer.dense.expert, 1 / hops)
         layer.dense.requires_grad_(False)
 
 

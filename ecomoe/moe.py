@@ -98,12 +98,14 @@ class EcoMoE(nn.Module):
         dtype: Dtype of the experts. The router is fp32 or wider whatever it is.
 
     Attributes:
+        features_axis: The axis of features in the input and the output.
         usage_floor: Follows from E (`Control.usage_floor`); set it to 0 to let experts die.
 
     Raises:
         ValueError: An argument breaks its rule; the message names value, rule and remedy.
     """
 
+    features_axis = -1
     temperature: Tensor
     random_routing: Tensor | None
 

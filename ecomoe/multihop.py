@@ -22,7 +22,18 @@ from ecomoe.cost import flops_per_token
 from ecomoe.dispatch import Plan
 from ecomoe.experts import ExpertLinear, HeadExperts
 from ecomoe.moe import EcoMoE
-from ecomoe.routers import keep_wide
+from ecomoe.routers import Part, keep_wide
+
+
+def check_hops(hops: object) -> int:
+    """Return a number of passes: an int from 1 on.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(hops) is int and hops >= 1:
+        return hops
+    raise ValueError(f"hops={hops!r} must be an int >= 1; 1 is a single pass")
 
 
 class MultiHop(nn.Module):
@@ -66,8 +77,7 @@ class MultiHop(nn.Module):
                 f"layer maps {layer.d_model} features to {layer.experts.d_output}, and a hop "
                 "starts where the last one ended; leave out num_classes and d_output"
             )
-        if type(hops) is not int or hops < 1:
-            raise ValueError(f"hops={hops!r} must be an int >= 1; 1 is a single pass")
+        check_hops(hops)
         arguments.flag("learned_scale", learned_scale)
         self.layer = layer
         self.hops = hops
@@ -85,9 +95,13 @@ class MultiHop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., D)`` to the accumulated update, ``(..., D)``."""
+        if self._loses_calls(x):
+            x = x.detach().requires_grad_()
         total: Tensor
         if self.halt is not None and not self.training:
-            total = self._until_halted(x.reshape(-1, x.shape[-1]), self.halt).view(x.shape)
+            last = x.movedim(self.layer.features_axis, -1)
+            total = self._until_halted(last.reshape(-1, last.shape[-1]), self.halt)
+            total = total.view(last.shape).movedim(-1, self.layer.features_axis)
         else:
             total = self.layer(x)
             for _ in range(self.hops - 1):
@@ -95,6 +109,13 @@ class MultiHop(nn.Module):
         if self.scale is not None:
             total = (self.scale * total).to(x.dtype)
         return total
+
+    def _loses_calls(self, x: Tensor) -> bool:
+        # The auxiliary loss of a call is owned by the graph of its output. The first hop of a
+        # frozen router has none where nothing below is trained, the later ones do by the experts:
+        # the mean over hops would be over these alone.
+        plain = not torch.compiler.is_compiling() and not x.requires_grad
+        return plain and self.training and self.hops > 1 and torch.is_grad_enabled()
 
     def updates(self, x: Tensor) -> Tensor:
         """Return each hop's update before they are added up, ``(hops, ..., D)``."""
@@ -110,7 +131,9 @@ class MultiHop(nn.Module):
         rows_M = torch.arange(x_ND.shape[0], device=x_ND.device)
         state_MD, total_ND = x_ND, torch.zeros_like(x_ND)
         for hop in range(self.hops):
-            update_MD = self.layer(state_MD)
+            part = Part(rows_M, x_ND.shape[0]) if hop else None
+            with self.layer.router.given(part):
+                update_MD = self.layer(state_MD)
             halt.tokens[hop] += state_MD.shape[0]
             total_ND = total_ND.index_add(0, rows_M, update_MD)
             if hop + 1 == self.hops:
@@ -121,6 +144,10 @@ class MultiHop(nn.Module):
             going_M = relative_norm(update_MD, state_MD) >= halt.epsilon
             rows_M, state_MD = rows_M[going_M], state_MD[going_M]
         return total_ND
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies or saves the model within `halting` does not mean a model that halts.
+        return {**self.__dict__, "halt": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.layer._apply(fn)
@@ -177,11 +204,18 @@ class StaticExperts(HeadExperts):
 def make_static(layer: EcoMoE) -> EcoMoE:
     """Put `StaticExperts` in the place of a layer's experts, and return the layer.
 
+    Raises:
+        ValueError: It is no layer.
+
     Example:
         >>> layer = make_static(EcoMoE(8, 1, tiers=(32,), top_k=4, router="cosine"))
         >>> sum(parameter.numel() for parameter in layer.experts.parameters())
         256
     """
+    if not isinstance(layer, EcoMoE):
+        raise ValueError(
+            f"layer={type(layer).__name__} must be an EcoMoE layer; pass the layer itself"
+        )
     weight = next(m for m in layer.experts.modules() if isinstance(m, ExpertLinear)).weight
     layer.experts = StaticExperts(
         layer.experts.d_output,
@@ -252,8 +286,7 @@ def halting(model: nn.Module, *, epsilon: float) -> Iterator[Saved]:
     hops compute, not masked. Every token takes the first hop.
 
     On an accelerator each hop but the last waits once for the device, since the number of tokens
-    left must be known; under ``torch.compile(fullgraph=True)`` that cannot be traced. Routers that
-    need every token (``"hash"``) say so.
+    left must be known.
 
     Args:
         model: Holds `MultiHop` layers.
@@ -282,10 +315,11 @@ def halting(model: nn.Module, *, epsilon: float) -> Iterator[Saved]:
             for name, layer in layers.items()
         }
     )
+    before = {name: layer.halt for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.halt = saved.layers[name]
         yield saved
     finally:
-        for layer in layers.values():
-            layer.halt = None
+        for name, layer in layers.items():
+            layer.halt = before[name]

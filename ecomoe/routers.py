@@ -6,15 +6,16 @@ in a logit changes which expert a token reaches.
 Which of them to choose is a question that the equifinality paper (arXiv:2604.14419) asks;
 docs/routers.md sets them side by side.
 
-Axes: N tokens, D features, E experts, K experts chosen for a token, P features of the space that
-centroids lie in.
+Axes: N tokens, M of them that come, D features, E experts, K experts chosen for a token, P features
+of the space that centroids lie in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,19 @@ from torch.nn import functional as F
 
 from ecomoe import arguments
 from ecomoe.routing import Routing, route, route_fixed, top_k_experts, without_autocast
-from ecomoe.token_ids import TokenIds, hash_scores
+from ecomoe.token_ids import INTEGERS, TokenIds, hash_scores
+
+
+class Part(NamedTuple):
+    """Some of a model's tokens, where a layer is not given all of them.
+
+    Attributes:
+        rows_M: Which tokens come, of the ``num_tokens``.
+        num_tokens: All tokens.
+    """
+
+    rows_M: Tensor
+    num_tokens: int
 
 
 class Router(nn.Module):
@@ -33,9 +46,11 @@ class Router(nn.Module):
     Attributes:
         options: Names of the arguments that the class has of its own; see `build_router`.
         scores_apart: Whether it returns `Routing.own_logits_NE` in training.
+        part: Which of the model's tokens the call under way has; ``None`` for all. See `given`.
     """
 
     scores_apart = False
+    part: Part | None = None
 
     options: ClassVar[tuple[str, ...]] = ()
 
@@ -72,6 +87,15 @@ class Router(nn.Module):
                 own_logits_NE = self.logits(x_ND.detach().to(wide))
                 routing = routing._replace(own_logits_NE=own_logits_NE)
             return routing
+
+    @contextmanager
+    def given(self, part: Part | None) -> Iterator[None]:
+        """Let whoever knows something of each of the model's tokens know which of them come."""
+        self.part = part
+        try:
+            yield
+        finally:
+            self.part = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]
@@ -355,14 +379,20 @@ class HashRouter(Router):
                 "converted language model. In a model of your own, or where the embedding was "
                 "replaced, call ecomoe.token_ids.feed_token_ids(model, embedding)"
             )
-        if ids.numel() != x_ND.shape[0]:
+        num_tokens = x_ND.shape[0] if self.part is None else self.part.num_tokens
+        if ids.numel() != num_tokens:
             raise ValueError(
-                f"router='hash' got {ids.numel()} token ids for {x_ND.shape[0]} tokens; it needs "
+                f"router='hash' got {ids.numel()} token ids for {num_tokens} tokens; it needs "
                 "one a token: choose another router where tokens are merged, added or left out"
             )
-        return hash_scores(
-            ids.reshape(-1).to(x_ND.device), num_experts=self.num_experts, seed=self.seed
-        )
+        if ids.dtype not in INTEGERS:
+            raise ValueError(
+                f"router='hash' got token ids of dtype {ids.dtype}, which must be integers; name "
+                "the token embedding itself to feed_token_ids"
+            )
+        ids_N = ids.reshape(-1).to(x_ND.device)
+        ids_M = ids_N if self.part is None else ids_N[self.part.rows_M]
+        return hash_scores(ids_M, num_experts=self.num_experts, seed=self.seed)
 
     def forward(
         self, x_ND: Tensor, temperature: Tensor, random_routing: Tensor | None = None

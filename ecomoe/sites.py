@@ -37,6 +37,8 @@ _ADAPTERS = {
 class ChannelsFirst(EcoMoE):
     """The layer where features are axis 1, as in images (B, D, height, width)."""
 
+    features_axis = 1
+
     def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
         """Map ``(B, d_model, ...)`` to ``(B, F, ...)``."""
         y = super().forward(x.movedim(1, -1), targets=targets).movedim(-1, 1)

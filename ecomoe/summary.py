@@ -33,8 +33,9 @@ class Cost:
         *,
         dense: Sequence[Found] = (),
         layers: Sequence[tuple[Found, EcoMoE]] = (),
+        hops: int = 1,
     ) -> Cost:
-        """Weigh a model, with the operations of dense blocks or of layers in it."""
+        """Weigh a model, with the operations of dense blocks or of layers in it, each ``hops``."""
         parameters = sum(p.numel() for p in model.parameters())
         idle = flops = 0
         for module in model.modules():
@@ -45,7 +46,7 @@ class Cost:
         for block in dense:
             flops += block.site.ffn.flops
         for _, layer in layers:
-            flops += flops_per_token(layer)
+            flops += hops * flops_per_token(layer)
         return cls(parameters, parameters - idle, flops)
 
 
@@ -55,6 +56,8 @@ def summary(
     planned: Sequence[tuple[Found, EcoMoE]],
     found: Sequence[Found],
     refused: Mapping[str, str],
+    *,
+    hops: int = 1,
 ) -> str:
     """Return what a conversion did, in lines for the terminal.
 
@@ -64,6 +67,7 @@ def summary(
         planned: The blocks that were replaced, and their layers.
         found: All blocks that could have been.
         refused: Names of those that could not, with the reason.
+        hops: Passes through each layer.
     """
     block, layer = planned[0]
     control = layer.control
@@ -71,6 +75,7 @@ def summary(
     lines = [
         f"EcoMoE: {len(planned)} of {len(found)} feed-forward blocks replaced ({names})",
         f"  each with {layer.num_experts} experts in tiers {layer.tiers}, top_k={layer.top_k}, "
+        f"{f'{hops} hops, ' if hops > 1 else ''}"
         f"E={control.e:.3f} ({control.phase})",
         f"  {'':<28}{'before':>12}{'after':>12}",
     ]

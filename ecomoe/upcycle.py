@@ -200,6 +200,13 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
         _redraw_features(first, down, amount, sections=len(sources))
 
 
+@torch.no_grad()
+def shorten_outputs(experts: Experts, factor: float) -> None:
+    """Multiply what experts put out by a factor."""
+    for parameter in _projections(experts)[1].parameters():
+        parameter.mul_(factor)
+
+
 def _projections(experts: Experts) -> tuple[ExpertLinear | None, ExpertLinear]:
     """Return the experts' first linear map, if there are two, and their last."""
     if isinstance(experts, FFNExperts):

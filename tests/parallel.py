@@ -26,6 +26,7 @@ from ecomoe.distributed import (
     parallelize_experts,
     reduce_losses,
 )
+from ecomoe.multihop import MultiHop, halting
 from ecomoe.relay import LossRelay
 from ecomoe.routers import HashRouter
 
@@ -40,13 +41,18 @@ EVERY_LOSS = {
 
 
 class Block(nn.Module):
-    def __init__(self, **arguments):
+    def __init__(self, *, hops=None, **arguments):
         super().__init__()
         self.before = nn.Linear(8, 8)
-        self.moe = ecomoe.EcoMoE(8, 6, tiers=(2, 1, 1), **arguments)
+        layer = ecomoe.EcoMoE(8, 6, tiers=(2, 1, 1), **arguments)
+        self.ffn = MultiHop(layer, hops=hops, learned_scale=True) if hops else layer
+
+    @property
+    def moe(self):
+        return self.ffn.layer if isinstance(self.ffn, MultiHop) else self.ffn
 
     def forward(self, x):
-        return x + self.moe(F.relu(self.before(x)))
+        return x + self.ffn(F.relu(self.before(x)))
 
 
 class Model(nn.Module):
@@ -346,6 +352,28 @@ def run_evaluation():
     x = batch(Case())[3 * distributed.get_rank() :][:5]
     with torch.no_grad():
         return seen, relative(model(x), alone(x))
+
+
+def run_halting(case, how, epsilon):
+    """Halt tokens on ranks that have different ones; return the error, our tokens and all."""
+    alone = build(case).eval()
+    model = copy.deepcopy(alone)
+    if how == "experts":
+        model = parallelize_experts(model, mesh())
+    elif how == "fsdp":
+        model = shard_units(model, "blocks")
+    else:
+        model = DistributedDataParallel(model)
+    model.eval()
+    x = batch(case)
+    mine = x.split(case.tokens)[distributed.get_rank()]
+    with torch.no_grad():
+        with halting(model, epsilon=epsilon) as saved:
+            y = model(mine)
+        with halting(alone, epsilon=epsilon) as alone_saved:
+            y_alone = alone(x).split(case.tokens)[distributed.get_rank()]
+    ours, theirs = ([h.tokens for h in s.layers.values()] for s in (saved, alone_saved))
+    return relative(y, y_alone) if len(mine) else 0.0, ours, theirs
 
 
 def whole(value):

@@ -31,7 +31,7 @@ def run_replication():
     rank = distributed.get_rank()
     model = parallelize_experts(Model(seed=rank, **EVERY_LOSS).requires_grad_(False), mesh())
     first = Model(seed=0, **EVERY_LOSS)
-    ours = {name: whole(value) for name, value in model.state_dict().items() if ".moe." in name}
+    ours = {name: whole(value) for name, value in model.state_dict().items() if ".ffn." in name}
     return all(torch.equal(value, first.state_dict()[name]) for name, value in ours.items()) and (
         not any(parameter.requires_grad for parameter in model.parameters())
     )

@@ -13,6 +13,7 @@ from parallel import (
     run_fsdp,
     run_fsdp_alone,
     run_grid,
+    run_halting,
     run_layer,
     run_mixed_precision,
     run_steps,
@@ -77,6 +78,40 @@ class TestOtherRouters:
     @pytest.mark.parametrize("how", [None, "ddp"])
     def test_expert_parallel(self, ranks, relay, router, how):
         assert max(ranks.run(run_experts, self.case(relay, router), how)) < FP32
+
+
+@WAYS
+@pytest.mark.parametrize("router", ["linear", "cosine", "hash"])
+class TestHops:
+    def case(self, relay, router):
+        arguments = {**EVERY_LOSS, "router": router, "hops": 3}
+        return Case(arguments=arguments, relay=relay, tokens=(5, 9))
+
+    @pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
+    def test_ddp(self, ranks, relay, router, options):
+        assert max(ranks.run(run_ddp, self.case(relay, router), options)) < FP32
+
+    @pytest.mark.parametrize("how", ["root", "blocks", "layers"])
+    def test_fsdp(self, ranks, relay, router, how):
+        assert max(ranks.run(run_fsdp, self.case(relay, router), how, {})) < FP32
+
+    @pytest.mark.parametrize("how", [None, "ddp", "fsdp"])
+    def test_expert_parallel(self, ranks, relay, router, how):
+        assert max(ranks.run(run_experts, self.case(relay, router), how)) < FP32
+
+
+@pytest.mark.parametrize("tokens", [(5, 9), (14, 0)])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "experts"])
+def test_halting_on_ranks_with_different_tokens(ranks, how, tokens):
+    case = Case(arguments={"router": "cosine", "hops": 4}, tokens=tokens)
+    found = ranks.run(run_halting, case, how, 0.3)
+    assert max(error for error, _, _ in found) < FP32
+    (_, first, alone), (_, second, _) = found
+    assert alone == [
+        [a + b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)
+    ]
+    for tokens_by_hop in alone:
+        assert 0 < tokens_by_hop[-1] < tokens_by_hop[0]
 
 
 class TestExpertParallel:

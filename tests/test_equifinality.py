@@ -148,6 +148,7 @@ def made_up(**perplexity):
         "equifinality": "small",
         "command": "python -m examples.experiments.equifinality",
         "data": "text",
+        "strength": 0.001,
         "seeds": 2,
         "steps": 100,
         "size": {"layers": 2, "width": 48, "context": 128, "batch": 8},

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -111,6 +112,30 @@ class TestWhatIsShared:
         assert layers[0]["num_tokens"] == 3 * 8  # each hop is seen
         assert sum(layers[0]["counts"]["topk"]) == 3 * 8 * 2
 
+    @pytest.mark.parametrize("router", ["cosine", "random"])
+    def test_every_hop_counts_also_where_nothing_below_is_trained(self, router):
+        model = build(3, router=router, strength=1.0)
+        x = torch.randn(9, 6).double()
+        with torch.no_grad():
+            updates = model.updates(x)
+        alone = []
+        for state in (x, x + updates[0], x + updates[0] + updates[1]):
+            model.layer(state)
+            alone.append(ecomoe.aux_loss(model).item())
+        model(x)
+        assert ecomoe.aux_loss(model).item() == pytest.approx(sum(alone) / 3)
+
+    def test_one_graph_in_training(self):
+        model = build(3, router="random", dtype=torch.float32, strength=1.0)
+        eager = copy.deepcopy(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        x = torch.randn(9, 6)
+        for forward, each in ((compiled, model), (eager, eager)):
+            (forward(x).square().sum() + ecomoe.aux_loss(each)).backward()
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            assert_near(one.grad, other.grad, torch.float32)
+        torch._dynamo.reset()
+
     def test_a_relay_delivers_what_the_explicit_way_does(self):
         gradients = []
         for relayed in (False, True):
@@ -174,6 +199,55 @@ class TestWhatIsShared:
         assert flops_per_token(layer) == 2 * (12 * 2 * 512 + dims)
 
 
+class Padded(nn.Module):
+    """A model that is told of its padding, with one layer that hops."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn = build(4)
+
+    def forward(self, x, attention_mask=None):
+        return self.ffn(x)
+
+
+class TestWatchedWhileHalting:
+    @pytest.fixture
+    def seen(self):
+        """A padded batch, what halting saved, and what a monitor says of it."""
+        model = Padded().eval()
+        x = torch.randn(5, 10, 6).double()
+        mask = (torch.arange(10) < 7).expand(5, 10).long()
+        decisions = []
+        router = model.ffn.layer.router
+        router.register_forward_hook(lambda m, a, r: decisions.append((m.part, r.expert_ids_NK)))
+        labels = torch.randint(6, (50,))
+        with ecomoe.Monitor(model, view="off") as monitor, halting(model, epsilon=0.2) as saved:
+            monitor.evaluate(outputs=model(x, attention_mask=mask).view(50, 6), targets=labels)
+            record = monitor.report("eval").to_dict()["layers"][0]
+        return decisions, mask.flatten().bool(), saved, record
+
+    def test_padding_is_left_out_of_every_hop(self, seen):
+        decisions, valid, saved, record = seen
+        counts, num_tokens = torch.zeros(6), 0
+        for part, ids in decisions:
+            real = valid if part is None else valid[part.rows_M]
+            counts += torch.bincount(ids[real].flatten(), minlength=6)
+            num_tokens += int(real.sum())
+        assert record["counts"]["topk"] == counts.tolist()
+        assert record["num_tokens"] == num_tokens
+        assert record["padding"] == sum(saved.layers["ffn"].tokens) - num_tokens
+        assert 0 < saved.layers["ffn"].tokens[-1] < 50
+
+    def test_predictions_find_the_tokens_that_hopped_on(self, seen):
+        """Each hop of a token counts, and no warning says that predictions do not fit."""
+        decisions, valid, _, record = seen
+        judged = torch.zeros(6)
+        for part, ids in decisions:
+            real = valid if part is None else valid[part.rows_M]
+            judged += torch.bincount(ids[real, 0], minlength=6)
+        assert [tokens > 0 for tokens in judged] == [a is not None for a in record["accuracy"]]
+
+
 class TestHalting:
     def reference(self, model, x, epsilon):
         """Each token on its own, by the text of equation 7; returns outputs and hops."""
@@ -221,6 +295,27 @@ class TestHalting:
         assert slots == [2 * tokens for tokens in saved.layers[""].tokens]
         assert 0 < slots[1] < slots[0]
 
+    def test_hash_routers_know_which_tokens_are_left(self):
+        model = build(4, router="hash").eval()
+        ids = torch.randint(9, (5, 10))
+        x = torch.randn(50, 6).double()
+        tokens = model.layer.router.tokens
+        expected, hops = [], []
+        for row, token in zip(x, ids.flatten(), strict=True):
+            tokens.ids = token.view(1)
+            outcome, done = self.reference(model, row[None], 0.5)
+            expected.append(outcome[0])
+            hops += done
+        tokens.ids = ids
+        with halting(model, epsilon=0.5) as saved:
+            y = model(x.view(5, 10, 6))
+        assert_near(y.view(50, 6), torch.stack(expected), torch.float64)
+        assert saved.layers[""].tokens == [sum(h > hop for h in hops) for hop in range(4)]
+        assert saved.layers[""].tokens[-1] < 50
+        assert model.layer.router.part is None
+        with pytest.raises(ValueError, match="got 50 token ids for 3 tokens"):
+            model(x[:3])
+
     def test_everything_may_halt_and_nothing_may_come(self):
         model = build(3).eval()
         x = torch.randn(9, 6).double()
@@ -229,6 +324,39 @@ class TestHalting:
             assert model(x[:0]).shape == (0, 6)
         assert saved.layers[""].tokens == [9, 0, 0]
         assert saved.share == pytest.approx(2 / 3)
+
+    def test_one_within_another(self):
+        model = build(3).eval()
+        x = torch.randn(9, 6).double()
+        with halting(model, epsilon=0.0) as outer:
+            with halting(model, epsilon=1e9) as inner:
+                model(x)
+            model(x)
+        assert inner.layers[""].tokens == [9, 0, 0]
+        assert outer.layers[""].tokens == [9, 9, 9]
+        assert model.halt is None
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_a_copy_made_within_does_not_halt(self, copied):
+        model = build(3).eval()
+        x = torch.randn(9, 6).double()
+        with halting(model, epsilon=1e9):
+            other = copied(model)
+        assert torch.equal(other(x), model(x))
+
+    def test_compiled_it_stops_the_same_tokens(self):
+        model = build(3).eval()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        x = torch.randn(50, 6).double()
+        epsilon = self.quantile(model, x, 0.5)
+        for tokens in (50, 40):
+            with halting(model, epsilon=epsilon) as saved:
+                y = model(x[:tokens])
+            with halting(model, epsilon=epsilon) as again:
+                assert_near(compiled(x[:tokens]), y, torch.float64)
+            assert again.layers[""].tokens == saved.layers[""].tokens
+            assert 0 < saved.share < 2 / 3
+        torch._dynamo.reset()
 
     def test_zero_stops_none(self):
         model = build(3).eval()
@@ -251,6 +379,8 @@ class TestHalting:
             (lambda m: halting(m.train(), epsilon=0.1), "training mode"),
             (lambda m: halting(nn.Linear(2, 2), epsilon=0.1), "holds no MultiHop layer"),
             (lambda m: halting(m, epsilon=-1.0), "epsilon=-1.0 must be"),
+            (lambda m: halting(m, epsilon=float("inf")), "epsilon=inf must be a finite number"),
+            (lambda m: halting(m, epsilon=float("nan")), "epsilon=nan must be a finite number"),
         ],
     )
     def test_wrong_use(self, change, message):
@@ -265,6 +395,8 @@ class TestHalting:
         (lambda: MultiHop(EcoMoE(6, 5, d_output=3)), "maps 6 features to 3"),
         (lambda: MultiHop(EcoMoE(6, num_classes=6)), "leave out num_classes"),
         (lambda: MultiHop(EcoMoE(6, 5), hops=0), "hops=0 must be an int >= 1"),
+        (lambda: make_static(MultiHop(EcoMoE(6, 5))), "layer=MultiHop must be an EcoMoE layer"),
+        (lambda: make_static(nn.Linear(6, 5)), "layer=Linear must be an EcoMoE layer"),
         (lambda: MultiHop(EcoMoE(6, 5), learned_scale=1), "learned_scale=1 must be True or False"),
     ],
 )

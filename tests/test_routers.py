@@ -311,6 +311,13 @@ class TestTokenIds:
         with pytest.raises(ValueError, match="got 7 token ids for 3 tokens"):
             model(embedded=torch.randn(3, 6))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+    def test_they_must_be_integers(self, dtype):
+        model = Tagger()
+        model.moe.router.tokens.ids = IDS.to(dtype)
+        with pytest.raises(ValueError, match=f"of dtype {dtype}, which must be integers"):
+            model(embedded=torch.randn(7, 6))
+
     def test_a_model_without_routers_or_embedding_is_refused(self):
         with pytest.raises(ValueError, match="holds no hash router"):
             feed_token_ids(nn.Linear(2, 2), nn.Embedding(2, 2))

@@ -17,6 +17,7 @@ from ecomoe.ecology.decode import decode
 from ecomoe.ecology.taps import Decision, LayerTap
 from ecomoe.ecology.traffic import Traffic
 from ecomoe.moe import EcoMoE
+from ecomoe.routers import Part
 from ecomoe.routing import Routing
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], Decision]
@@ -43,6 +44,10 @@ class EcoTap(LayerTap):
         """Return the current temperature and the last call's auxiliary losses."""
         terms = self.layer.auxiliary.terms
         return {"temperature": self.layer.temperature} | {f"aux.{n}": t for n, t in terms.items()}
+
+    def part(self) -> Part | None:
+        """Return which of the model's tokens the call has, if not all."""
+        return self.layer.router.part
 
     def _read_router(self, module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         decision = Decision(

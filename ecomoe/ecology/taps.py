@@ -5,7 +5,8 @@ device, nothing is returned, no random number is drawn, and no per-token tensor 
 pass, with two exceptions: in evaluation the first choices of the last pass stay until its labels
 are known, and the choices for 64 tokens of the first until the next report.
 
-Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M predictions or probes.
+Axes: N tokens, E experts, K experts chosen for a token, V sums of a layer, M predictions, probes or
+tokens of a part.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ecomoe.ecology.outcomes import Outcomes
 from ecomoe.ecology.statistics import LabelKind, Layout
 from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic, recomputing
 from ecomoe.hooks import ForwardHook
+from ecomoe.routers import Part
 
 MAX_CLASSES = 256
 MAX_DOMAINS = 64
@@ -54,6 +56,17 @@ class Seen(NamedTuple):
     first_N: Tensor
     predicted_N: Tensor | None
     valid_N: Tensor | None
+
+
+def seen_in_place(first_M: Tensor, judged_M: Tensor | None, part: Part | None) -> Seen:
+    """Put the first choices of a part of the tokens where predictions of all will look for them."""
+    if part is None:
+        return Seen(first_M, None, judged_M)
+    first_N = first_M.new_zeros(part.num_tokens)
+    first_N[part.rows_M] = first_M
+    judged_N = torch.zeros_like(first_N, dtype=torch.bool)
+    judged_N[part.rows_M] = True if judged_M is None else judged_M
+    return Seen(first_N, None, judged_N)
 
 
 class Probe(NamedTuple):
@@ -207,7 +220,8 @@ class LayerTap:
             self.allocate(ids_NK.device)
         self.top_k = ids_NK.shape[1]
         phase = self.traffic.phase_of(module)
-        valid_N = self.traffic.valid(ids_NK.shape[0], device=ids_NK.device, side=self.side)
+        where: dict[str, Any] = {"device": ids_NK.device, "side": self.side, "part": self.part()}
+        valid_N = self.traffic.valid(ids_NK.shape[0], **where)
         with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
             parts = statistics.routing_counts(
                 ids_NK,
@@ -238,15 +252,18 @@ class LayerTap:
                     kept_N = decision.kept_NK[:, 0]
                     judged_N = kept_N if valid_N is None else kept_N & valid_N
                 first_N = ids_NK[:, 0]
-                self.seen.append(Seen(first_N.to(self.id_dtype), None, judged_N))
+                seen_N = first_N.to(self.id_dtype)
+                self.seen.append(seen_in_place(seen_N, judged_N, self.part()))
                 self._note_choices(ids_NK, valid_N)
-                buckets_N = self.traffic.buckets_of(
-                    ids_NK.shape[0], device=ids_NK.device, side=self.side
-                )
+                buckets_N = self.traffic.buckets_of(ids_NK.shape[0], **where)
                 if buckets_N is not None:
                     self._count_labels(
                         "token", first_N, buckets_N, judged_N, num_labels=self.traffic.token_buckets
                     )
+
+    def part(self) -> Part | None:
+        """Return which of the model's tokens the call has, if not all."""
+        return None
 
     def _note_choices(self, ids_NK: Tensor, valid_N: Tensor | None) -> None:
         if self.probe is not None or self.traffic.data is None or not self.traffic.inside:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ecomoe.ecology.statistics import wide_dtype
+from ecomoe.routers import Part
 
 Phase: TypeAlias = Literal["train", "eval", "generate"]
 PHASES: tuple[Phase, Phase, Phase] = ("train", "eval", "generate")
@@ -100,18 +101,38 @@ class Traffic:
             return self.phase
         return "train" if module.training else "eval"
 
-    def valid(self, num_tokens: int, *, device: torch.device, side: str = "") -> Tensor | None:
-        """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown."""
-        return _of_length(self.masks, num_tokens, device=device, side=side)
+    def valid(
+        self,
+        num_tokens: int,
+        *,
+        device: torch.device,
+        side: str = "",
+        part: Part | None = None,
+    ) -> Tensor | None:
+        """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown.
 
-    def buckets_of(self, num_tokens: int, *, device: torch.device, side: str = "") -> Tensor | None:
+        ``part`` says which they are, where a layer is not given all of the model's.
+        """
+        return _of_length(self.masks, num_tokens, device=device, side=side, part=part)
+
+    def buckets_of(
+        self,
+        num_tokens: int,
+        *,
+        device: torch.device,
+        side: str = "",
+        part: Part | None = None,
+    ) -> Tensor | None:
         """Return the buckets of a layer's tokens, ``(N,)``, or ``None`` if unknown."""
-        return _of_length(self.buckets, num_tokens, device=device, side=side)
+        return _of_length(self.buckets, num_tokens, device=device, side=side, part=part)
 
 
 def _of_length(
-    by_side: dict[str, Tensor], length: int, *, device: torch.device, side: str
+    by_side: dict[str, Tensor], length: int, *, device: torch.device, side: str, part: Part | None
 ) -> Tensor | None:
+    if part is not None:
+        all_N = _of_length(by_side, part.num_tokens, device=device, side=side, part=None)
+        return None if all_N is None else all_N[part.rows_M]
     for key in (side, *by_side):
         values_N = by_side.get(key)
         if values_N is not None and values_N.shape[0] == length:

@@ -4,7 +4,8 @@
 
 trains every variant with every seed (or goes on where it was stopped), measures hops, halting and
 alignment, writes one JSON file and prints the table: routing parameters, active FLOPs, perplexity,
-and the equivalence test of all pairs. The paper's scale is ``--scale paper``.
+and the equivalence test of all pairs. The paper's scale is ``--scale paper``; ``--scale
+convergence`` trains wide and deep variants of a small model until they change little.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ from examples.experiments.data import Library
 from examples.experiments.measure import Record
 from examples.experiments.records import Scale
 from examples.experiments.runner import rounded, run_folder, run_setting
-from examples.experiments.topologies import SIZES, VARIANTS, Topology, kept, sized, wall_clock
+from examples.experiments.topologies import (
+    SIZES,
+    STRENGTH,
+    VARIANTS,
+    Topology,
+    kept,
+    sized,
+    variants_at,
+    wall_clock,
+)
 
-TOP_IDS = {"paper": 20, "small": 10, "smoke": 10}
+TOP_IDS = {"paper": 20}
 
 
 def seed_alignment(folders: list[Path], *, top: int) -> Record | None:
@@ -81,7 +91,11 @@ def run(
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run what is missing; return the JSON file, written anew after each seed."""
-    path = results / f"equifinality-{scale.name}.json"
+    name, command = f"equifinality-{scale.name}", f"--scale {scale.name} --seeds {seeds}"
+    strength = variants[0].strength
+    if strength != STRENGTH:
+        name, command = f"{name}-strength-{strength:g}", f"{command} --strength {strength:g}"
+    path = results / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs: list[Record] = []
     folders: dict[str, list[Path]] = {variant.name: [] for variant in variants}
@@ -94,15 +108,15 @@ def run(
             folders[variant.name].append(folder)
             say(f"{variant.name}, seed {seed}: perplexity {runs[-1]['perplexity']:.4f}")
         alignment = {
-            variant.name: seed_alignment(folders[variant.name], top=TOP_IDS[scale.name])
+            variant.name: seed_alignment(folders[variant.name], top=TOP_IDS.get(scale.name, 10))
             for variant in variants
             if variant.dense is None and variant.rank == 1
         }
         content = {
             "equifinality": scale.name,
-            "command": "python -m examples.experiments.equifinality "
-            f"--scale {scale.name} --seeds {seeds} --data TEXT",
+            "command": f"python -m examples.experiments.equifinality {command} --data TEXT",
             "data": library.get(variants[0].data).name,
+            "strength": variants[0].strength,
             "seeds": seed + 1,
             "steps": runs[0]["steps"],
             "size": {
@@ -129,6 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--scale", choices=SIZES, default="small")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--strength", type=float, default=STRENGTH, help="of the auxiliary losses; %(default)s"
+    )
     parser.add_argument("--margin", type=float, help="perplexity that matters; 3 %% of 1x12's")
     parser.add_argument(
         "--data",
@@ -160,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             seeds=options.seeds,
             out=options.out,
             results=options.results or options.out / "results",
+            variants=variants_at(options.scale, strength=options.strength),
             say=lambda line: console.print(line, highlight=False),
         )
     except ValueError as error:

@@ -36,7 +36,10 @@ from examples.experiments.models import GPT
 from examples.experiments.records import SCALES, Scale, Setting
 
 BUDGET = 12  # experts of one hidden feature that a token meets
-PERCENTS = (20, 40, 60, 80, 100)
+PERCENTS = (5, 10, 20, 40, 60, 80, 100)
+# The paper does not give its auxiliary losses. At the layer's own strength they cost cosine routers
+# of a hundred experts more than others, which would be taken for an effect of the router.
+STRENGTH = 0.001
 QUANTILES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
 GOAL = 0.25  # of the operations, to be saved by halting
 DEFAULTS = Control.from_target(0.545, oracle_weight=0.0, balance_weight=0.4)
@@ -72,7 +75,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def sized(name: str) -> Scale:
     """Return a scale of the experiments with the sizes of this paper."""
-    return replace(SCALES[name], **SIZES[name], percents=PERCENTS, temperatures=())
+    base = SCALES.get(name, SCALES["small"])
+    return replace(base, **{"name": name, **SIZES[name]}, percents=PERCENTS, temperatures=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +96,7 @@ class Topology(Setting):
 
     data: str = "wikitext103"
     control: Control = DEFAULTS
-    # The paper does not give its auxiliary losses. Stronger ones cost cosine routers of a hundred
-    # experts far more than others, which would be taken for an effect of the router.
-    strength: float | None = 0.001
+    strength: float | None = STRENGTH
     warmup: float = 0.0
     router: str = "cosine"
     hops: int = 1
@@ -201,6 +203,19 @@ def _variants() -> tuple[Topology, ...]:
 
 VARIANTS = _variants()
 FIVE = tuple(variant.name for variant in VARIANTS[:5])
+WIDE, DEEP = "cosine 1x12", "cosine 3x4"
+# Wide and deep of each kind of experts.
+DEPTH_PAIRS = {"MLP experts": (WIDE, DEEP), "static experts": ("static 1x12", "static 3x4")}
+
+
+def variants_at(scale: str, *, strength: float = STRENGTH) -> tuple[Topology, ...]:
+    """Return the variants that a scale is for."""
+    deciding = [name for pair in DEPTH_PAIRS.values() for name in pair]
+    return tuple(
+        replace(variant, strength=strength)
+        for variant in VARIANTS
+        if scale != "convergence" or variant.name in deciding
+    )
 
 
 def kept(folder: Path) -> Path:
