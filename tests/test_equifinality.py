@@ -11,6 +11,7 @@ from ecomoe.multihop import MultiHop
 from examples.experiments.data import Library
 from examples.experiments.equifinality import main, run
 from examples.experiments.equifinality_table import (
+    depth_rows,
     pair_rows,
     section,
     tables,
@@ -18,7 +19,15 @@ from examples.experiments.equifinality_table import (
     verdicts,
     write_plot,
 )
-from examples.experiments.topologies import BUDGET, FIVE, VARIANTS, sized
+from examples.experiments.topologies import (
+    BUDGET,
+    DEPTH_PAIRS,
+    FIVE,
+    STRENGTH,
+    VARIANTS,
+    sized,
+    variants_at,
+)
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -73,6 +82,14 @@ class TestVariants:
         with torch.device("meta"):
             model = BY_NAME["cosine 1x12"].build(scale, samples)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(76, abs=1)
+
+
+def test_a_scale_has_its_variants_at_a_strength():
+    assert variants_at("small") == VARIANTS
+    deciding = variants_at("convergence", strength=0.03)
+    assert {variant.name for variant in deciding} == {n for p in DEPTH_PAIRS.values() for n in p}
+    assert {variant.strength for variant in deciding} == {0.03} != {STRENGTH}
+    assert sized("convergence").name == "convergence"
 
 
 def smoke(folder, variants):
@@ -206,7 +223,38 @@ class TestVerdicts:
         assert found["Halting saves 25 % of MoE FLOPs at +0.12 % PPL"].word == "reproduced"
         roles = found["Experts' roles overlap across seeds, their weights do not"]
         assert roles.word == "reproduced"
-        assert found["The advantage of depth is one of underfitting"].word == "out of reach"
+
+    @pytest.mark.parametrize(
+        ("wide_minus_deep", "word"),
+        [
+            ((0.3, 0.2, 0.0, 0.0), "reproduced"),
+            ((0.3, 0.2, 0.1, 0.1), "refuted"),
+            ((-0.3, -0.2, -0.1, -0.1), "refuted"),
+            ((0.0, 0.0, 0.0, 0.0), "out of reach"),
+        ],
+    )
+    @pytest.mark.parametrize("settled", [True, False])
+    def test_depth(self, wide_minus_deep, word, settled):
+        content = made_up()
+        losses = (4.0, 3.6, 3.4, 3.4 if settled else 3.2)
+        for found in content["runs"]:
+            deep = found["name"].endswith("3x4")
+            found["history"] = [
+                [percent, loss - deep * gap + 0.001 * found["seed"]]
+                for percent, loss, gap in zip(
+                    (20, 40, 60, 100), losses, wide_minus_deep, strict=True
+                )
+            ]
+        claim = "The advantage of depth is one of underfitting"
+        never = wide_minus_deep[0] < 0  # however long it goes on
+        assert dict(verdicts(content))[claim].word == (word if settled or never else "out of reach")
+        # The runs to convergence have wide and deep variants alone.
+        names = {name for pair in DEPTH_PAIRS.values() for name in pair}
+        content["runs"] = [run for run in content["runs"] if run["name"] in names]
+        content |= {"equifinality": "convergence"}
+        assert [name for name, _ in verdicts(content)] == [claim]
+        assert "to convergence" in section(content)
+        assert len(depth_rows(content)) == 2 * 4
 
     def test_simpler_routers(self):
         claim = "Hash, random-fixed and top-1 degrade gracefully (3 to 6.5 %)"

@@ -133,4 +133,6 @@ def test_the_command_says_what_is_wrong(logs, capsys):
     assert main(["compare", "--seeds", str(logs / "0.jsonl"), f"b={logs / '1.jsonl'}"]) == 1
     assert "must be CONDITION=FILE with --seeds" in capsys.readouterr().err
     assert main(["compare", "--seeds", f"a={logs / '0.jsonl'}", f"b={logs / '1.jsonl'}"]) == 1
-    assert "two seeds or more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a=[" in said  # the condition's own name
+    assert "two seeds or more" in said

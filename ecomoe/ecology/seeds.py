@@ -60,12 +60,7 @@ def mean_equivalence(
         >>> [mean_equivalence(*seeds, margin=m).equivalent for m in (1.0, 0.5)]
         [True, False]
     """
-    for name, values in (("first", first), ("second", second)):
-        if len(values) < 2 or not all(math.isfinite(value) for value in values):
-            raise ValueError(
-                f"{name}={list(values)!r} must be finite values of two seeds or more; run more "
-                "seeds, or leave the condition out"
-            )
+    _check_seeds({"first": first, "second": second})
     if not margin > 0:
         raise ValueError(f"margin={margin!r} must be > 0; no finite sample shows exact equality")
     if not 0 < alpha < 0.5:
@@ -123,6 +118,7 @@ def compare_conditions(
     """
     if len(conditions) < 2:
         raise ValueError(f"{len(conditions)} condition to compare; give at least two")
+    _check_seeds(conditions)
     pairs = []
     for first, second in combinations(conditions, 2):
         tested = mean_equivalence(conditions[first], conditions[second], margin=margin, alpha=alpha)
@@ -135,6 +131,15 @@ def compare_conditions(
         "margin": margin,
         "alpha": alpha,
     }
+
+
+def _check_seeds(conditions: Mapping[str, Sequence[float]]) -> None:
+    for name, values in conditions.items():
+        if len(values) < 2 or not all(math.isfinite(value) for value in values):
+            raise ValueError(
+                f"{name}={list(values)!r} must be finite values of two seeds or more; run more "
+                "seeds, or leave the condition out"
+            )
 
 
 def values_of(

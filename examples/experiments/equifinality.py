@@ -91,7 +91,7 @@ def run(
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run what is missing; return the JSON file, written anew after each seed."""
-    name, command = f"equifinality-{scale.name}", f"--scale {scale.name} --seeds {seeds}"
+    name, command = f"equifinality-{scale.name}", f"--scale {scale.name}"
     strength = variants[0].strength
     if strength != STRENGTH:
         name, command = f"{name}-strength-{strength:g}", f"{command} --strength {strength:g}"
@@ -114,7 +114,8 @@ def run(
         }
         content = {
             "equifinality": scale.name,
-            "command": f"python -m examples.experiments.equifinality {command} --data TEXT",
+            "command": f"python -m examples.experiments.equifinality {command} --seeds {seed + 1} "
+            "--data TEXT",
             "data": library.get(variants[0].data).name,
             "strength": variants[0].strength,
             "seeds": seed + 1,
