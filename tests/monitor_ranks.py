@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import distributed, nn
@@ -174,3 +175,50 @@ def run_resumed(log, stop, by_rank):
         monitor, _ = run(range(stop, 9), json.loads(json.dumps(box[0])))
     monitor.close()
     return [monitor.report(phase).to_dict() for phase in ("eval", "train")]
+
+
+def run_training(how, watched):
+    """Train three steps; return the weights, what experts executed here, and the counts of all."""
+    torch.manual_seed(0)
+    model = Model()
+    rank = distributed.get_rank()
+    executed_E = torch.zeros(4, dtype=torch.int64)
+    experts = model.moe.experts
+
+    def count(module, args):
+        executed_E.add_(args[1].expert_ids_S.bincount(minlength=4))
+
+    hook = experts.register_forward_pre_hook(count)
+    forward = model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the wrapper, on views that a module returns
+        if how == "ddp":
+            forward = DistributedDataParallel(model)
+        else:
+            fully_shard(model.moe)
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        given = {"optimizer": optimizer, "total_steps": STEPS, "every": 2, "view": "off"}
+        schedule = ecomoe.schedule.Schedule(model, total_steps=STEPS) if not watched else None
+        with ecomoe.Monitor(model, **given) if watched else nullcontext() as monitor:
+            for step in range(STEPS):
+                x, y = batch(step, rank=rank)
+                loss = nn.functional.cross_entropy(forward(x), y) + ecomoe.aux_loss(model)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if schedule is not None:
+                    schedule.advance(step + 1)
+    hook.remove()
+    left = [h for m in model.modules() for h in m._forward_hooks.values() if "ecomoe" in repr(h)]
+    weights = {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).tolist()
+        for name, value in model.state_dict().items()
+    }
+    distributed.all_reduce(executed_E)
+    counts = None
+    if watched:
+        records = [r for r in monitor._recorder.records if r["phase"] == "train"]
+        by_record = [r["layers"][0]["counts"]["topk"] for r in records]
+        counts = [sum(column) for column in zip(*by_record, strict=True)]
+    return weights, executed_E.tolist(), counts, len(left)

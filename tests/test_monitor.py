@@ -1,5 +1,6 @@
 import copy
 import json
+import pickle
 from contextlib import suppress
 
 import numpy as np
@@ -550,13 +551,25 @@ def test_state_of_another_model_is_refused():
         ecomoe.Monitor(nn.Sequential(make()[0])).load_state_dict(monitor.state_dict())
 
 
-def test_monitored_model_and_monitor_can_be_copied():
-    model, _ = make()
-    monitor = ecomoe.Monitor(model)
-    model(torch.randn(2, 5, 6))
-    copy.deepcopy(model)
-    copy.deepcopy(monitor).attach(model.moe)
-    monitor.close()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_monitored_model_and_monitor_can_be_copied_while_training(copied):
+    model, optimizer = make()
+    given = {"every": 3, "coactivation": "always", "thresholds": "relative"}
+    with ecomoe.Monitor(model, optimizer=optimizer, total_steps=9, **given) as monitor:
+        loss = model(torch.randn(2, 5, 6)).sum() + ecomoe.aux_loss(model)
+        twin, other, also = copied(model), copied(monitor), copied(optimizer)
+        loss.backward()
+        optimizer.step()
+        twin(torch.randn(2, 5, 6))
+        also.step()
+        assert monitor.step_count == 1
+        assert monitor.report("train").to_dict()["layers"][0]["num_tokens"] == 10
+        for name in (*given, "view", "token_buckets"):
+            assert getattr(other, name) == getattr(monitor, name), name
+        with pytest.raises(ValueError, match="no token was seen"):
+            other.report()
+        other.attach(twin)
+        other.close()
 
 
 @pytest.mark.parametrize(

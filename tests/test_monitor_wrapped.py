@@ -63,6 +63,17 @@ def test_two_processes_resume_to_the_same_history(ranks, tmp_path, stop, by_rank
     assert len(whole[0][0]["layers"][0]["lockdown"]["overlaps"]) == 2
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_training_of_two_processes_is_bit_equal_and_counted_exactly(ranks, how):
+    watched = ranks.run(monitor_ranks.run_training, how, True)
+    plain = ranks.run(monitor_ranks.run_training, how, False)
+    for (weights, executed, counts, left), (expected, *_) in zip(watched, plain, strict=True):
+        assert weights == expected
+        assert counts == executed
+        assert sum(counts) == 2 * 2 * 20 * monitor_ranks.STEPS
+        assert left == 0
+
+
 def test_failing_rank_leaves_no_one_waiting(ranks):
     assert ranks.run(monitor_ranks.run_failing_on_the_first_alone) == [True, True]
 

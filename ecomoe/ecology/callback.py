@@ -56,6 +56,9 @@ class TrainerEvents(ABC):
     def _advance(self, step: int) -> None: ...
 
     @abstractmethod
+    def _tell_silence(self) -> None: ...
+
+    @abstractmethod
     def _cut(self, phases: Sequence[Phase], *, loss: float | None = None) -> Record | None: ...
 
     def _nothing(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: B027
@@ -99,6 +102,8 @@ class TrainerEvents(ABC):
         evaluation = any(key.startswith("eval_") for key in logs)
         record = self._cut(("eval",) if evaluation else ("train",), loss=_loss_of(logs))
         added: dict[str, float] = {}
+        if not evaluation:
+            self._tell_silence()
         if not evaluation and self._session is not None:
             added |= self._session.auxiliary_logs()
         if record is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -255,14 +256,10 @@ class Monitor(TrainerEvents):
         # After an error the other processes may never come to report together.
         self._detach(last_report=kind is None or not is_distributed())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
-        return Monitor(
-            thresholds=self.thresholds,
-            every=self.every,
-            view=self.view,
-            token_buckets=self.token_buckets,
-            coactivation=self.coactivation,
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy watches nothing: neither the model nor the files and the handler of this run.
+        names = ("thresholds", "every", "view", "token_buckets", "coactivation")
+        return partial(Monitor, **{name: getattr(self, name) for name in names}), ()
 
     # -- counting ----------------------------------------------------------------------------
 
@@ -297,6 +294,11 @@ class Monitor(TrainerEvents):
             self.step_count = step  # what an event's handler raises must not cost a step
         if self._session is None and step % self.every == 0:
             self._cut(PHASES if together else ("train", "generate"))
+            self._tell_silence()
+
+    def _tell_silence(self) -> None:
+        if self._watch is not None and not self._recorder.trajectory:
+            self._watch.tell_silence(self.step_count)
 
     def evaluate(
         self,

@@ -19,6 +19,9 @@ from ecomoe.ecology.taxonomy import Thresholds
 Record = dict[str, Any]
 
 MAX_RECORDS = 512
+MIN_RECORDS = 16
+# An expert's part of a record takes about 0.7 KB.
+MAX_EXPERTS = 1 << 16
 
 
 class Recorder:
@@ -64,11 +67,7 @@ class Recorder:
         record["events"] = [event.to_dict() for event in events]
         self.events += events
         self.trajectory.append({key: record[key] for key in TRAJECTORY_KEYS})
-        self.records.append(record)
-        if len(self.records) > MAX_RECORDS:
-            # Thin the older half: the shape of a long history stays, its memory does not grow.
-            half = MAX_RECORDS // 2
-            self.records = self.records[:half:2] + self.records[half:]
+        self._keep(record)
         self.latest[record["phase"]] = record
         self._write(record)
         if self.view == "lines":
@@ -77,6 +76,14 @@ class Recorder:
         elif self.view == "live":
             self._draw(record)
         return events
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        most = min(MAX_RECORDS, max(MIN_RECORDS, MAX_EXPERTS // max(1, record["num_experts"])))
+        if len(self.records) > most:
+            # Thin the older half: the shape of a long history stays, its memory does not grow.
+            half = most // 2
+            self.records = self.records[:half:2] + self.records[half:]
 
     def _write(self, record: Record) -> None:
         if self.sink is None:
@@ -192,7 +199,9 @@ class Recorder:
         if self.sink is None or state["log"] is None:
             return
         if self.sink.rewind(state["log"]):
-            self.records = list(self.sink.records())[-MAX_RECORDS:]
+            self.records = []
+            for record in self.sink.records():
+                self._keep(record)
         else:
             warnings.warn(
                 f"log={os.fspath(self.sink.path)!r} does not hold the records that the state was "

@@ -133,10 +133,14 @@ def routing_counts(
     num_tokens, top_k = expert_ids_NK.shape
     experts = layout.num_experts
     wide = wide_dtype(expert_ids_NK.device)
-    ones_N = expert_ids_NK.new_ones(num_tokens, dtype=wide)
-    valid_N = ones_N if valid_N is None else valid_N.to(wide)
-    slots_NK = valid_N[:, None].expand(-1, top_k)
-    parts = {"num_tokens": valid_N.sum(), "padding": (1 - valid_N).sum()}
+    all_counted = valid_N is None and kept_NK is None
+    if valid_N is None:
+        counted_N = expert_ids_NK.new_ones(num_tokens, dtype=wide)
+        parts = {"num_tokens": counted_N.sum()}
+    else:
+        counted_N = valid_N.to(wide)
+        parts = {"num_tokens": counted_N.sum(), "padding": (1 - counted_N).sum()}
+    slots_NK = counted_N[:, None].expand(-1, top_k)
     if kept_NK is not None:
         parts["dropped"] = (slots_NK * ~kept_NK).sum()
         slots_NK = slots_NK * kept_NK
@@ -147,7 +151,8 @@ def routing_counts(
     if weights_NK is not None:
         # A NaN token must not poison the sums of all others.
         mass_NK = torch.nan_to_num(weights_NK.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
-        parts["gate"] = sum_by(expert_ids_NK, mass_NK * slots_NK, size=experts)
+        mass_NK = mass_NK if all_counted else mass_NK * slots_NK
+        parts["gate"] = sum_by(expert_ids_NK, mass_NK, size=experts)
     if top_k > 1 and (shape := layout.shapes.get("pairs")):
         ranks = [(i, j) for i in range(top_k) for j in range(i + 1, top_k)]
         first_NR = torch.stack([expert_ids_NK[:, i] for i, _ in ranks], dim=1)
@@ -176,7 +181,9 @@ def distribution_counts(probs_NE: Tensor, *, valid_N: Tensor | None = None) -> d
         valid_N: False for the tokens to leave out.
     """
     wide = wide_dtype(probs_NE.device)
-    entropy_N = torch.special.entr(probs_NE).sum(-1).to(wide)
+    # `torch.special.entr` takes three times as long: its logarithm is not vectorised.
+    tiny = torch.finfo(probs_NE.dtype).tiny
+    entropy_N = -(probs_NE * probs_NE.clamp_min(tiny).log()).sum(-1).to(wide)
     finite_N = torch.isfinite(entropy_N)
     counted_N = finite_N if valid_N is None else finite_N & valid_N
     broken_N = ~finite_N if valid_N is None else ~finite_N & valid_N

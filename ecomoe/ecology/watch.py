@@ -157,6 +157,16 @@ class Watch:
             self._outcomes_3 = None
         return found
 
+    def tell_silence(self, steps: int) -> None:
+        """Warn that no layer was called although the model takes steps."""
+        if not self.failed and not any(tap.refused for tap in self.taps):
+            self._warn(
+                "silence",
+                f"in {steps} steps no layer that the monitor watches was called; a model that ran "
+                "compiled before the monitor was attached does not see its hooks: attach first, or "
+                "call torch.compiler.reset() after attaching",
+            )
+
     def _look_for_new_layers(self) -> None:
         """Warn of layers that have come into the model since it is watched."""
         if all(module in self._known for module in self._model.modules()):
