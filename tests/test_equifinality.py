@@ -21,7 +21,6 @@ from examples.experiments.equifinality_table import (
 )
 from examples.experiments.topologies import (
     BUDGET,
-    DEPTH_PAIRS,
     FIVE,
     STRENGTH,
     VARIANTS,
@@ -87,7 +86,7 @@ class TestVariants:
 def test_a_scale_has_its_variants_at_a_strength():
     assert variants_at("small") == VARIANTS
     deciding = variants_at("convergence", strength=0.03)
-    assert {variant.name for variant in deciding} == {n for p in DEPTH_PAIRS.values() for n in p}
+    assert [variant.name for variant in deciding] == ["cosine 1x12", "cosine 3x4"]
     assert {variant.strength for variant in deciding} == {0.03} != {STRENGTH}
     assert sized("convergence").name == "convergence"
 
@@ -249,12 +248,12 @@ class TestVerdicts:
         never = wide_minus_deep[0] < 0  # however long it goes on
         assert dict(verdicts(content))[claim].word == (word if settled or never else "out of reach")
         # The runs to convergence have wide and deep variants alone.
-        names = {name for pair in DEPTH_PAIRS.values() for name in pair}
+        names = {variant.name for variant in variants_at("convergence")}
         content["runs"] = [run for run in content["runs"] if run["name"] in names]
         content |= {"equifinality": "convergence"}
         assert [name for name, _ in verdicts(content)] == [claim]
         assert "to convergence" in section(content)
-        assert len(depth_rows(content)) == 2 * 4
+        assert len(depth_rows(content)) == 4
 
     def test_simpler_routers(self):
         claim = "Hash, random-fixed and top-1 degrade gracefully (3 to 6.5 %)"

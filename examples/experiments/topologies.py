@@ -223,11 +223,10 @@ DEPTH_PAIRS = {"MLP experts": (WIDE, DEEP), "static experts": ("static 1x12", "s
 
 def variants_at(scale: str, *, strength: float = STRENGTH) -> tuple[Topology, ...]:
     """Return the variants that a scale is for."""
-    deciding = [name for pair in DEPTH_PAIRS.values() for name in pair]
     return tuple(
         replace(variant, strength=strength)
         for variant in VARIANTS
-        if scale != "convergence" or variant.name in deciding
+        if scale != "convergence" or variant.name in (WIDE, DEEP)
     )
 
 
