@@ -4,32 +4,27 @@ Sorted slots go through both projections piece by piece: what lies between them 
 and of the hidden layer only the pre-activation is kept for the backward pass, which computes the
 activation again.
 
-Axes: E experts, S slots sorted by expert, P rows of a piece's window, D input features, H hidden
-features, G pre-activations (H, or 2 H where the layer is gated), F output features.
+Axes: E experts, S slots sorted by expert, B experts of a piece, P rows of each of them, D input
+features, H hidden features, G pre-activations (H, or 2 H where the layer is gated), F output
+features.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ecomoe import buffers
 from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
-from ecomoe.grouped import grouped_linear, grouped_product
+from ecomoe.grouped import grouped_linear
 from ecomoe.pieces import (
-    FEW_ROWS,
-    Piece,
-    add_bias,
-    add_product,
+    add_outer,
+    affine,
     cut,
     empty_gradient,
-    isolated,
     most_rows,
-    share_pieces,
-    window,
+    of_experts,
+    product,
 )
 
 
@@ -50,31 +45,21 @@ def feed_forward(
     pre-activations ``(S, G)`` have no rows unless they are to be kept for a backward pass.
     """
     num_slots, d_hidden = x_SD.shape[0], down_EFH.shape[2]
-    if _are_few(x_SD, up_EGD, down_EFH):
-        pre_SG = grouped_product(x_SD, up_EGD, up_bias_EG, ends_E)
-        hidden_SH = x_SD.new_empty(num_slots, d_hidden)
-        _activate(pre_SG, activation, out=hidden_SH)
-        y_SF = grouped_product(hidden_SH, down_EFH, down_bias_EF, ends_E)
-        return y_SF, pre_SG if keep else pre_SG.new_empty(0, up_EGD.shape[1])
     pre_SG = buffers.empty(x_SD, (num_slots if keep else 0, up_EGD.shape[1]))
     y_SF = buffers.empty(x_SD, (num_slots, down_EFH.shape[1]))
-    experts = cut(ends_E, x_SD.dtype)
-    most = most_rows(experts)
-
-    def work(queue: Iterable[list[Piece]]) -> None:
-        pre = x_SD.new_empty(most, up_EGD.shape[1])
-        hidden = x_SD.new_empty(most, d_hidden)
-        y = x_SD.new_empty(most, y_SF.shape[1])
-        for piece in chain.from_iterable(queue):
-            e, s, t, rows = piece.expert, piece.start, piece.end, piece.rows
-            torch.mm(window(x_SD, piece), up_EGD[e].mT, out=pre[:rows])
-            pre_PG = pre_SG[s:t] if keep else pre[: t - s]
-            add_bias(pre[: t - s], None if up_bias_EG is None else up_bias_EG[e], out=pre_PG)
-            _activate(pre_PG, activation, out=hidden[: t - s])
-            torch.mm(hidden[:rows], down_EFH[e].mT, out=y[:rows])
-            add_bias(y[: t - s], None if down_bias_EF is None else down_bias_EF[e], out=y_SF[s:t])
-
-    share_pieces(work, experts)
+    pieces = cut(ends_E, x_SD.dtype)
+    widths = x_SD.shape[1], up_EGD.shape[1], d_hidden, y_SF.shape[1]
+    x, pre, hidden, y = (x_SD.new_empty(most_rows(pieces) * width) for width in widths)
+    for piece in pieces:
+        own = piece.experts
+        pre_BPG = piece.of(pre_SG, pre) if keep else piece.spare(pre, up_EGD.shape[1])
+        affine(piece.take(x_SD, x), up_EGD[own], of_experts(up_bias_EG, own), out=pre_BPG)
+        if keep:
+            piece.put(pre_BPG, pre_SG)
+        hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
+        y_BPF = piece.of(y_SF, y)
+        affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=y_BPF)
+        piece.put(y_BPF, y_SF)
     return y_SF, pre_SG
 
 
@@ -105,36 +90,28 @@ def feed_forward_backward(
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_up_bias_EG = x_SD.new_zeros(num_biases, up_EGD.shape[1], dtype=wide)
     grad_down_bias_EF = x_SD.new_zeros(num_biases, down_EFH.shape[1], dtype=wide)
-    experts = cut(ends_E, x_SD.dtype)
-    grad_up_EGD = empty_gradient(up_EGD, experts)
-    grad_down_EFH = empty_gradient(down_EFH, experts)
-    most = most_rows(experts)
-
-    def work(queue: Iterable[list[Piece]]) -> None:
-        hidden, slope = x_SD.new_empty(most, d_hidden), x_SD.new_empty(most, d_hidden)
-        inner, outer = x_SD.new_empty(most, x_SD.shape[1]), x_SD.new_empty(most, grad_SF.shape[1])
-        joined = x_SD.new_empty(most, up_EGD.shape[1]) if gated else slope
-        for piece in chain.from_iterable(queue):
-            e, s, t, rows = piece.expert, piece.start, piece.end, piece.rows
-            own = t - s
-            _activate(pre_SG[s:t], activation, out=hidden[:own])
-            torch.mm(window(grad_SF, piece), down_EFH[e], out=slope[:rows])
-            _activate_backward(slope[:own], pre_SG[s:t], activation, out=joined[:own])
-            hidden[own:rows].zero_()
-            joined[own:rows].zero_()
-            if own == rows:
-                torch.mm(joined[:rows], up_EGD[e], out=grad_x_SD[s:t])
-            else:
-                torch.mm(joined[:rows], up_EGD[e], out=inner[:rows])
-                grad_x_SD[s:t].copy_(inner[:own])
-            grad_PF, x_PD = isolated(grad_SF, piece, copy=outer), isolated(x_SD, piece, copy=inner)
-            add_product(grad_PF, hidden[:rows], grad_down_EFH[e], first=piece.first)
-            add_product(joined[:rows], x_PD, grad_up_EGD[e], first=piece.first)
-            if has_biases:
-                grad_up_bias_EG[e] += joined[:own].sum(0)
-                grad_down_bias_EF[e] += grad_SF[s:t].sum(0)
-
-    share_pieces(work, experts)
+    pieces = cut(ends_E, x_SD.dtype)
+    grad_up_EGD = empty_gradient(up_EGD, pieces)
+    grad_down_EFH = empty_gradient(down_EFH, pieces)
+    widths = x_SD.shape[1], pre_SG.shape[1], d_hidden, d_hidden, grad_SF.shape[1]
+    most = most_rows(pieces)
+    inner, pre, hidden, slope, outer = (x_SD.new_empty(most * width) for width in widths)
+    joined = x_SD.new_empty(most * pre_SG.shape[1]) if gated else slope
+    for piece in pieces:
+        own = piece.experts
+        pre_BPG = piece.take(pre_SG, pre)
+        grad_BPF = piece.take(grad_SF, outer)
+        hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
+        add_outer(grad_BPF, hidden_BPH, piece, grad_down_EFH)
+        slope_BPH = product(grad_BPF, down_EFH[own], out=piece.spare(slope, d_hidden))
+        joined_BPG = piece.spare(joined, pre_SG.shape[1])
+        _activate_backward(slope_BPH, pre_BPG, activation, out=joined_BPG)
+        add_outer(joined_BPG, piece.take(x_SD, inner), piece, grad_up_EGD)
+        if has_biases:
+            grad_up_bias_EG[own] += joined_BPG.sum(1)
+            grad_down_bias_EF[own] += grad_BPF.sum(1)
+        grad_x_BPD = piece.of(grad_x_SD, inner)
+        piece.put(product(joined_BPG, up_EGD[own], out=grad_x_BPD), grad_x_SD)
     return (
         grad_x_SD,
         grad_up_EGD,
@@ -156,35 +133,23 @@ def _(grad_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, activation, has_biases): 
     )
 
 
-def _are_few(x_SD: Tensor, up_EGD: Tensor, down_EFH: Tensor) -> bool:
-    """Whether the weights' reading is what takes time, and ``F.grouped_mm`` reads them as they are.
-
-    It has less to do for an expert than a loop here.
-    """
-    step = 16 // x_SD.itemsize
-    aligned = up_EGD.shape[2] % step == 0 == down_EFH.shape[2] % step
-    contiguous = up_EGD.is_contiguous() and down_EFH.is_contiguous()
-    few = x_SD.shape[0] < FEW_ROWS * up_EGD.shape[0]
-    return few and aligned and contiguous and x_SD.itemsize < 8
-
-
-def _activate(pre_PG: Tensor, activation: str, *, out: Tensor) -> Tensor:
+def _activate(pre: Tensor, activation: str, *, out: Tensor) -> Tensor:
     values, _ = ELEMENTWISE[activation]
-    d_hidden = out.shape[1]
-    values(pre_PG[:, :d_hidden], out)
-    return out if pre_PG.shape[1] == d_hidden else out.mul_(pre_PG[:, d_hidden:])
+    d_hidden = out.shape[-1]
+    values(pre[..., :d_hidden], out)
+    return out if pre.shape[-1] == d_hidden else out.mul_(pre[..., d_hidden:])
 
 
-def _activate_backward(grad_PH: Tensor, pre_PG: Tensor, activation: str, *, out: Tensor) -> None:
+def _activate_backward(grad: Tensor, pre: Tensor, activation: str, *, out: Tensor) -> None:
     values, gradient = ELEMENTWISE[activation]
-    d_hidden = grad_PH.shape[1]
-    if pre_PG.shape[1] == d_hidden:
-        gradient(grad_PH, pre_PG, out)
+    d_hidden = grad.shape[-1]
+    if pre.shape[-1] == d_hidden:
+        gradient(grad, pre, out)
         return
-    gate_PH, up_PH = pre_PG[:, :d_hidden], pre_PG[:, d_hidden:]
-    values(gate_PH, out[:, d_hidden:])
-    out[:, d_hidden:].mul_(grad_PH)
-    gradient(grad_PH.mul_(up_PH), gate_PH, out[:, :d_hidden])
+    gate, up = pre[..., :d_hidden], pre[..., d_hidden:]
+    values(gate, out[..., d_hidden:])
+    out[..., d_hidden:].mul_(grad)
+    gradient(grad.mul_(up), gate, out[..., :d_hidden])
 
 
 def composed(

@@ -9,8 +9,6 @@ Axes: E experts, S slots sorted by expert, D input features, F output features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,15 +17,13 @@ from torch.nn import functional as F
 
 from ecomoe import buffers
 from ecomoe.pieces import (
-    Piece,
-    add_bias,
-    add_product,
+    add_outer,
+    affine,
     cut,
     empty_gradient,
-    isolated,
     most_rows,
-    share_pieces,
-    window,
+    of_experts,
+    product,
 )
 
 
@@ -73,16 +69,14 @@ def _aligned(tensor: Tensor, *, axes: int = 1) -> Tensor:
 
 def _loop(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
     y_SF = buffers.empty(x_SD, (x_SD.shape[0], weight_EFD.shape[1]))
-    experts = cut(ends_E, x_SD.dtype)
-
-    def work(queue: Iterable[list[Piece]]) -> None:
-        y = x_SD.new_empty(most_rows(experts), weight_EFD.shape[1])
-        for piece in chain.from_iterable(queue):
-            e, s, t, rows = piece.expert, piece.start, piece.end, piece.rows
-            torch.mm(window(x_SD, piece), weight_EFD[e].mT, out=y[:rows])
-            add_bias(y[: t - s], None if bias_EF is None else bias_EF[e], out=y_SF[s:t])
-
-    share_pieces(work, experts)
+    pieces = cut(ends_E, x_SD.dtype)
+    most = most_rows(pieces)
+    x, y = (x_SD.new_empty(most * width) for width in (x_SD.shape[1], y_SF.shape[1]))
+    for piece in pieces:
+        own = piece.experts
+        y_BPF = piece.of(y_SF, y)
+        affine(piece.take(x_SD, x), weight_EFD[own], of_experts(bias_EF, own), out=y_BPF)
+        piece.put(y_BPF, y_SF)
     return y_SF
 
 
@@ -93,22 +87,18 @@ def _loop_backward(
     grad_x_SD = buffers.empty(x_SD, x_SD.shape)
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
-    experts = cut(ends_E, x_SD.dtype)
-    grad_weight_EFD = empty_gradient(weight_EFD, experts)
-
-    def work(queue: Iterable[list[Piece]]) -> None:
-        most = most_rows(experts)
-        inner, outer = x_SD.new_empty(most, width_in), x_SD.new_empty(most, width_out)
-        for piece in chain.from_iterable(queue):
-            e, s, t, rows = piece.expert, piece.start, piece.end, piece.rows
-            torch.mm(window(grad_SF, piece), weight_EFD[e], out=inner[:rows])
-            grad_x_SD[s:t].copy_(inner[: t - s])
-            grad_PF, x_PD = isolated(grad_SF, piece, copy=outer), isolated(x_SD, piece, copy=inner)
-            add_product(grad_PF, x_PD, grad_weight_EFD[e], first=piece.first)
-            if has_bias:
-                grad_bias_EF[e] += grad_SF[s:t].sum(0)
-
-    share_pieces(work, experts)
+    pieces = cut(ends_E, x_SD.dtype)
+    grad_weight_EFD = empty_gradient(weight_EFD, pieces)
+    most = most_rows(pieces)
+    inner, outer = (x_SD.new_empty(most * width) for width in (width_in, width_out))
+    for piece in pieces:
+        own = piece.experts
+        grad_BPF = piece.take(grad_SF, outer)
+        add_outer(grad_BPF, piece.take(x_SD, inner), piece, grad_weight_EFD)
+        grad_x_BPD = piece.of(grad_x_SD, inner)
+        piece.put(product(grad_BPF, weight_EFD[own], out=grad_x_BPD), grad_x_SD)
+        if has_bias:
+            grad_bias_EF[own] += grad_BPF.sum(1)
     return grad_x_SD, grad_weight_EFD, grad_bias_EF.to(x_SD.dtype)
 
 
