@@ -83,10 +83,26 @@ if hasattr(os, "register_at_fork"):
 
 def empty(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return an uninitialised contiguous tensor of ``like``'s dtype and device."""
-    size = math.prod(shape) * like.itemsize
-    if type(like) not in (Tensor, torch.nn.Parameter) or not like.is_cpu or size < LARGE:
+    if not _is_large(like, shape):
         return like.new_empty(shape)
     return _BLOCKS.empty(shape, like.dtype)
+
+
+def zeros(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Return a contiguous tensor of zeros in ``like``'s dtype and device.
+
+    A large one is made of fresh pages, which are zeros without anybody writing them.
+    """
+    if not _is_large(like, shape):
+        return like.new_zeros(shape)
+    size = math.prod(shape)
+    pages = _pages(size * like.itemsize)
+    return torch.frombuffer(pages, dtype=like.dtype, count=size).view(shape)
+
+
+def _is_large(like: Tensor, shape: torch.Size | tuple[int, ...]) -> bool:
+    plain = type(like) in (Tensor, torch.nn.Parameter) and like.is_cpu
+    return plain and math.prod(shape) * like.itemsize >= LARGE
 
 
 def empty_cache() -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ecomoe import buffers
 from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
-from ecomoe.grouped import grouped_linear
+from ecomoe.grouped import grouped_linear, grouped_product
 from ecomoe.pieces import (
+    VERY_FEW_ROWS,
     add_outer,
     affine,
     cut,
@@ -45,6 +46,11 @@ def feed_forward(
     pre-activations ``(S, G)`` have no rows unless they are to be kept for a backward pass.
     """
     num_slots, d_hidden = x_SD.shape[0], down_EFH.shape[2]
+    if _are_few(x_SD, up_EGD, down_EFH):
+        pre_SG = grouped_product(x_SD, up_EGD, up_bias_EG, ends_E)
+        hidden_SH = _activate(pre_SG, activation, out=x_SD.new_empty(num_slots, d_hidden))
+        y_SF = grouped_product(hidden_SH, down_EFH, down_bias_EF, ends_E)
+        return y_SF, pre_SG if keep else pre_SG.new_empty(0, up_EGD.shape[1])
     pre_SG = buffers.empty(x_SD, (num_slots if keep else 0, up_EGD.shape[1]))
     y_SF = buffers.empty(x_SD, (num_slots, down_EFH.shape[1]))
     pieces = cut(ends_E, x_SD.dtype)
@@ -131,6 +137,17 @@ def _(grad_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, activation, has_biases): 
         down_EFH.new_empty(down_EFH.shape),
         x_SD.new_empty(num_biases, down_EFH.shape[1]),
     )
+
+
+def _are_few(x_SD: Tensor, up_EGD: Tensor, down_EFH: Tensor) -> bool:
+    """Whether ``F.grouped_mm``, which pads nothing, is faster, and reads the weights as they are.
+
+    Reading them is all that takes time then; MKL's time for a batch goes with its padded rows.
+    """
+    aligned = up_EGD.shape[2] % 4 == 0 == down_EFH.shape[2] % 4
+    contiguous = up_EGD.is_contiguous() and down_EFH.is_contiguous()
+    few = x_SD.shape[0] < VERY_FEW_ROWS * up_EGD.shape[0]
+    return few and aligned and contiguous and x_SD.itemsize == 4
 
 
 def _activate(pre: Tensor, activation: str, *, out: Tensor) -> Tensor:

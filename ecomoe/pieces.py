@@ -25,9 +25,11 @@ MAX_ROWS = 1024
 MAX_PIECE_ROWS = 4096
 # Rows an expert up to which reading its weights takes longer than its products.
 FEW_ROWS = 64
+# Rows an expert, on average, up to which padding them costs more than a batch saves.
+VERY_FEW_ROWS = 8
 # Between which rows an expert ``(W x^T)^T`` is faster than ``x W^T``, although it has to be
 # transposed: 0.7 of the time at 16 rows, for MKL in 32 bits (True) and oneDNN in 16 (False).
-WEIGHTS_FIRST = {True: (8, 56), False: (0, 56)}
+WEIGHTS_FIRST = {True: (VERY_FEW_ROWS, 56), False: (0, 56)}
 # Experts of a piece: few numbers, for the kernels' sake.
 BATCHES = (8, 4, 2)
 # How much more than its experts alone a piece may cost.
@@ -220,7 +222,7 @@ def empty_gradient(weight_EXY: Tensor, pieces: list[Piece]) -> Tensor:
     busy = {piece.expert + index for piece in pieces for index in range(len(piece.spans))}
     idle = set(range(weight_EXY.shape[0])).difference(busy)
     if 2 * len(idle) > weight_EXY.shape[0]:
-        return weight_EXY.new_zeros(weight_EXY.shape)  # pages of zeros, which nobody has to write
+        return buffers.zeros(weight_EXY, weight_EXY.shape)
     gradient_EXY = buffers.empty(weight_EXY, weight_EXY.shape)
     for expert in idle:
         gradient_EXY[expert].zero_()

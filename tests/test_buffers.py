@@ -140,3 +140,18 @@ class TestEmpty:
             Copy.apply(parameter).sum().backward()
             assert parameter.grad.eq(1).all()
         assert asked == [LARGE]
+
+
+def test_large_zeros_are_zeros_and_nobody_has_written_them():
+    resource = pytest.importorskip("resource")
+    like = torch.empty(0)
+    shape = (3, buffers.LARGE // 4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    zeros = buffers.zeros(like, shape)
+    zeros[1, 5] = 1.0
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < zeros.nbytes / mmap.PAGESIZE / 4
+    assert zeros.sum() == 1.0
+    del zeros
+    assert not buffers.zeros(like, shape).any()
+    assert not buffers.zeros(like, (2, 3)).any()
