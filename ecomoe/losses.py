@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe.closed_form import mean_entropy, mean_probabilities
 from ecomoe.routing import without_autocast
 
 
@@ -50,7 +51,7 @@ def routing_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> Shares:
     """
     num_experts = logits_NE.shape[-1]
     return Shares(
-        importance_E=torch.softmax(logits_NE, dim=-1).mean(0),
+        importance_E=mean_probabilities(logits_NE),
         top1_E=expert_shares(expert_ids_NK[:, 0], num_experts=num_experts, dtype=logits_NE.dtype),
         topk_E=expert_shares(expert_ids_NK, num_experts=num_experts, dtype=logits_NE.dtype),
     )
@@ -114,7 +115,7 @@ def entropy_loss(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Ten
     The gradient is that of ``-H``: minimising it keeps the router undecided (section 3.2 of the E
     paper, where its weight is H).
     """
-    return math.log(logits_NE.shape[-1]) - token_entropy(logits_NE, temperature=temperature).mean()
+    return math.log(logits_NE.shape[-1]) - mean_entropy(logits_NE, temperature)
 
 
 def oracle_loss(logits_NE: Tensor, teacher_NE: Tensor) -> Tensor:

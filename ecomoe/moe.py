@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ecomoe import arguments, losses
 from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
+from ecomoe.closed_form import mean_probabilities
 from ecomoe.control import Control
 from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
@@ -334,14 +335,15 @@ class EcoMoE(nn.Module):
         self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
-        shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
+        here = shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
         share_of_ranks: Tensor | float = 1.0
         if self.reduce_shares is not None:
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
         own_shares = shares
         if self.usage_floor > 0 and routing.own_logits_NE is not None:
-            own_shares = losses.routing_shares(routing.own_logits_NE, routing.expert_ids_NK)
+            own_E = mean_probabilities(routing.own_logits_NE, values_NE=routing.logits_NE)
+            own_shares = here._replace(importance_E=own_E)
             if self.reduce_shares is not None:
                 own_shares, _ = self.reduce_shares(own_shares, x_ND.shape[0])
         terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, own_shares)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecomoe import arguments
+from ecomoe.activations import has_hooks
+from ecomoe.closed_form import linear_twice
 from ecomoe.routing import Routing, route, route_fixed, top_k_experts, without_autocast
 from ecomoe.token_ids import INTEGERS, TokenIds, hash_scores
 
@@ -66,6 +68,11 @@ class Router(nn.Module):
         """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``."""
         raise NotImplementedError(f"{type(self).__name__} must define logits(x_ND)")
 
+    def logits_apart(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores for tokens of any dtype, and once more without a gradient for these."""
+        wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+        return self.logits(wide_ND), self.logits(wide_ND.detach())
+
     def expert_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose first axis counts experts; `ecomoe.rescue` writes them."""
         raise NotImplementedError(f"{type(self).__name__} must define expert_parameters()")
@@ -75,18 +82,18 @@ class Router(nn.Module):
     ) -> Routing:
         """Route tokens of any floating dtype; see `ecomoe.routing.route`."""
         with without_autocast(x_ND):
-            wide = torch.promote_types(x_ND.dtype, torch.float32)
-            logits_NE = self.logits(x_ND.to(wide))
+            own_logits_NE = None
+            if self.scores_apart and self.training and torch.is_grad_enabled():
+                logits_NE, own_logits_NE = self.logits_apart(x_ND)
+            else:
+                logits_NE = self.logits(x_ND.to(torch.promote_types(x_ND.dtype, torch.float32)))
             routing = route(
                 logits_NE,
                 top_k=self.top_k,
                 temperature=temperature,
                 random_routing=random_routing,
             )
-            if self.scores_apart and self.training and torch.is_grad_enabled():
-                own_logits_NE = self.logits(x_ND.detach().to(wide))
-                routing = routing._replace(own_logits_NE=own_logits_NE)
-            return routing
+            return routing._replace(own_logits_NE=own_logits_NE)
 
     @contextmanager
     def given(self, part: Part | None) -> Iterator[None]:
@@ -176,6 +183,13 @@ class LinearRouter(Router):
     def logits(self, x_ND: Tensor) -> Tensor:
         """Return the scores of all experts, ``(N, E)``."""
         return self.score(x_ND)  # type: ignore[no-any-return]
+
+    def logits_apart(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `Router.logits_apart` does, from one product."""
+        plain = type(self).logits is LinearRouter.logits and "logits" not in vars(self)
+        if not plain or has_hooks(self.score) or x_ND.itemsize > self.score.weight.itemsize:
+            return super().logits_apart(x_ND)
+        return linear_twice(x_ND, self.score.weight, self.score.bias)
 
 
 class MLPRouter(Router):

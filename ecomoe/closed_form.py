@@ -1,0 +1,107 @@
+"""A router's linear map and the means that its losses are made of, with closed-form gradients.
+
+The means keep the logits alone for their backward pass, which computes what else it needs again:
+all of them together keep one matrix. The gradients are written in operators that have gradients
+themselves, so that second derivatives are to be had.
+
+Axes: N tokens, E experts, D input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ecomoe.routing import without_autocast
+
+
+def mean_probabilities(logits_NE: Tensor, *, values_NE: Tensor | None = None) -> Tensor:
+    """Return the mean of ``softmax(logits)`` over tokens, ``(E,)``; NaN without tokens.
+
+    Args:
+        logits_NE: The scores, which get the gradient.
+        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
+    """
+    return _MeanProbabilities.apply(logits_NE, values_NE)  # type: ignore[no-any-return]
+
+
+def mean_entropy(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
+    """Return the mean entropy of ``softmax(logits / T)``, nats; no gradient reaches T."""
+    return _MeanEntropy.apply(logits_NE, temperature)  # type: ignore[no-any-return]
+
+
+def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x W^T + b`` in the weights' dtype, and once more without a gradient for the tokens.
+
+    It is computed once, and ``x`` is kept for the backward pass as narrow as it comes.
+    """
+    return _LinearTwice.apply(x_ND, weight_ED, bias_E)  # type: ignore[no-any-return]
+
+
+class _MeanProbabilities(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits_NE: Tensor, values_NE: Tensor | None) -> Tensor:
+        return torch.softmax(logits_NE, dim=-1).mean(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        logits_NE, values_NE = inputs
+        ctx.save_for_backward(logits_NE if values_NE is None else values_NE)
+
+    @staticmethod
+    def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
+        (logits_NE,) = ctx.saved_tensors
+        probs_NE = torch.softmax(logits_NE, dim=-1)
+        slope_E = grad_E / logits_NE.shape[0]
+        return probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True)), None
+
+
+class _MeanEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
+        log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+        return -(log_probs_NE.exp() * log_probs_NE).sum(-1).mean()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        logits_NE, temperature = inputs
+        ctx.is_tensor = isinstance(temperature, Tensor)
+        ctx.temperature = None if ctx.is_tensor else temperature
+        ctx.save_for_backward(logits_NE, *([temperature] if ctx.is_tensor else []))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        logits_NE, *rest = ctx.saved_tensors
+        temperature = rest[0] if rest else ctx.temperature
+        log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+        probs_NE = log_probs_NE.exp()
+        entropy_N1 = -(probs_NE * log_probs_NE).sum(-1, keepdim=True)
+        scale = grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
+        return -probs_NE * (log_probs_NE + entropy_N1) * scale, None
+
+
+class _LinearTwice(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NE = F.linear(x_ND.to(weight_ED.dtype), weight_ED, bias_E)
+        return logits_NE, logits_NE.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x_ND, weight_ED, _ = inputs
+        ctx.save_for_backward(x_ND, weight_ED)
+
+    @staticmethod
+    def backward(ctx, grad_NE: Tensor, own_NE: Tensor):  # type: ignore[no-untyped-def]
+        x_ND, weight_ED = ctx.saved_tensors
+        both_NE = grad_NE + own_NE
+        with without_autocast(x_ND):
+            grad_x_ND = (grad_NE @ weight_ED).to(x_ND.dtype) if ctx.needs_input_grad[0] else None
+            return grad_x_ND, both_NE.mT @ x_ND.to(weight_ED.dtype), both_NE.sum(0)

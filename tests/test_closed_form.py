@@ -1,0 +1,107 @@
+"""What is computed in closed form is what automatic differentiation says."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecomoe import EcoMoE
+from ecomoe.closed_form import linear_twice, mean_entropy, mean_probabilities
+from ecomoe.routers import LinearRouter, Router
+
+
+def logits():
+    return (3 * torch.randn(7, 5, dtype=torch.float64)).requires_grad_()
+
+
+def entropy(logits_NE, temperature):
+    return torch.special.entr(torch.softmax(logits_NE / temperature, -1)).sum(-1).mean()
+
+
+CASES = {
+    "probabilities": (mean_probabilities, lambda z: torch.softmax(z, -1).mean(0)),
+    "entropy": (lambda z: mean_entropy(z, 0.7), lambda z: entropy(z, 0.7)),
+    "entropy at a tensor": (
+        lambda z: mean_entropy(z, torch.tensor(0.7)),
+        lambda z: entropy(z, torch.tensor(0.7)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_two_derivatives(case):
+    function, reference = CASES[case]
+    logits_NE = logits()
+    torch.testing.assert_close(function(logits_NE), reference(logits_NE))
+    assert torch.autograd.gradcheck(function, logits_NE)
+    assert torch.autograd.gradgradcheck(function, logits_NE)
+
+
+def test_all_means_keep_one_matrix():
+    kept = set()
+
+    def pack(tensor):
+        if tensor.numel() > 1:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    logits_NE = logits()
+    own_NE = logits_NE.detach().clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mean_probabilities(logits_NE)
+        mean_entropy(logits_NE, torch.tensor(2.0))
+        mean_probabilities(own_NE, values_NE=logits_NE)
+    assert kept == {logits_NE.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_scores_reach_the_weights_alone(dtype):
+    x_ND = torch.randn(6, 4).to(dtype).requires_grad_()
+    weight_ED, bias_E = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    slope_NE, own_slope_NE = torch.randn(2, 6, 3)
+    found = torch.autograd.grad(
+        linear_twice(x_ND, weight_ED, bias_E), (x_ND, weight_ED, bias_E), (slope_NE, own_slope_NE)
+    )
+    wide_ND = x_ND.float()
+    expected = torch.autograd.grad(
+        (F.linear(wide_ND, weight_ED, bias_E), F.linear(wide_ND.detach(), weight_ED, bias_E)),
+        (x_ND, weight_ED, bias_E),
+        (slope_NE, own_slope_NE),
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_linear_router_scores_once_what_other_routers_score_twice():
+    router = LinearRouter(4, num_experts=3, top_k=1)
+    x_ND = torch.randn(5, 4, requires_grad=True)
+    for ours, plain in zip(
+        router.logits_apart(x_ND), Router.logits_apart(router, x_ND), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+        for parameter in router.parameters():
+            one, other = (
+                torch.autograd.grad(s.square().sum(), parameter, retain_graph=True)[0]
+                for s in (ours, plain)
+            )
+            torch.testing.assert_close(one, other)
+
+
+def test_a_subclass_with_scores_of_its_own_is_asked_for_them():
+    class Shifted(LinearRouter):
+        def logits(self, x_ND):
+            return super().logits(x_ND) + 1.0
+
+    torch.manual_seed(0)
+    router = Shifted(4, num_experts=3, top_k=1)
+    x_ND = torch.randn(5, 4)
+    for scores_NE in router.logits_apart(x_ND):
+        torch.testing.assert_close(scores_NE, router.logits(x_ND))
+
+
+def test_in_bf16_the_router_keeps_no_wide_copy_of_the_tokens():
+    layer = EcoMoE(8, 16, tiers=(4,), dtype=torch.bfloat16)
+    kept = []
+    x_ND = torch.randn(32, 8).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+        layer(x_ND)
+    assert not [t for t in kept if t.dtype == torch.float32 and t.shape == (32, 8)]
