@@ -175,9 +175,16 @@ def _against_peers(records: Records) -> list[Verdict]:
             "speed over the best lossless peer's, geometric mean: at least 1.3",
             f"{mean:.2f}",
             mean >= 1.3,
-            "the best peer's products are the same; see the table for where time is left",
+            _gap(ratios),
         ),
     ]
+
+
+def _gap(ratios: dict[tuple[str, str], float]) -> str:
+    """Say at which shapes least is gained over the best peer."""
+    least = sorted(ratios.items(), key=lambda item: -item[1])[:5]
+    listed = ", ".join(f"{1 / ratio:.2f} at {name} ({kind})" for (name, kind), ratio in least)
+    return f"least gained: {listed}"
 
 
 def _memory(records: Records) -> list[Verdict]:
@@ -195,10 +202,17 @@ def _memory(records: Records) -> list[Verdict]:
             "bytes saved for backward over dense at most 1.1 (4,096 tokens and more)",
             f"{min(ratios.values()):.2f} to {ratios[worst]:.2f}",
             ratios[worst] <= 1.1,
-            f"{worst}: beside the hidden features, which dense keeps too, the layer keeps what "
-            "its router, its gates and its losses need",
+            f"most at {worst}: tokens once a slot and slots' outputs stand where dense keeps its "
+            f"activation, and {_scores_share(records[worst]):.0%} are the router's scores",
         )
     ]
+
+
+def _scores_share(record: dict[str, Any]) -> float:
+    """Return the share of one matrix of scores, fp32, in the bytes that the layer saves."""
+    shape = record["shape"]
+    scores = 4 * shape["tokens"] * shape["num_experts"]
+    return float(scores / record["contenders"][OURS]["saved_bytes"])
 
 
 def _router(records: Records) -> list[Verdict]:
@@ -215,19 +229,30 @@ def _router(records: Records) -> list[Verdict]:
             "router and losses at most 5 % of forward + backward (D >= 512, 256 tokens and more)",
             f"{min(shares.values()):.1%} to {shares[worst]:.1%}",
             shares[worst] <= 0.05,
-            f"most at {worst}; the router computes in fp32 whatever the experts compute in",
+            f"{shares[worst] * _milliseconds(records[worst]):.1f} ms of "
+            f"{_milliseconds(records[worst]):.1f} ms at {worst}; above 5 %: "
+            + ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0.05),
         )
     ]
 
 
+def _milliseconds(record: dict[str, Any]) -> float:
+    return 1e3 * float(record["contenders"][OURS]["both"]["seconds"][1])
+
+
 def _reason(shape: Shape, record: dict[str, Any], machine: Machine) -> str:
-    """Say what must move, from the cost model, and which part the router has."""
+    """Say what the products alone take, what must move, and which part the router has."""
     layer = layer_shape(shape)
     dense = cost_model.dense_work(layer, tokens=shape.tokens)
     sparse = cost_model.layer_work(layer, tokens=shape.tokens)
+    products = ""
+    if "products" in record["contenders"]:
+        alone = over_dense(record, "products")
+        if alone < over_dense(record):
+            products = f"the experts' products alone, evenly loaded, take {alone:.2f} of dense; "
     return (
-        f"{sparse.bytes / 1e6:,.0f} MB must move against {dense.bytes / 1e6:,.0f}, which alone "
-        f"makes it {predicted(shape, machine):.2f} here (cost model); router and losses are "
+        f"{products}{sparse.bytes / 1e6:,.0f} MB must move against {dense.bytes / 1e6:,.0f}, "
+        f"{predicted(shape, machine):.2f} of dense by the cost model; router and losses are "
         f"{router_share(record):.0%} of the time"
     )
 

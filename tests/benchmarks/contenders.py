@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecomoe
+from ecomoe.closed_form import linear_twice
 from ecomoe.routing import Routing
 from tests.benchmarks.shapes import Load, Shape
 
@@ -80,9 +81,40 @@ def build_ours(shape: Shape, forced: Forced) -> nn.Module:
     with torch.no_grad():
         for weight in layer.router.expert_parameters():
             weight.mul_(0.01)
-    score = layer.router.logits
-    layer.router.logits = lambda x_ND: score(x_ND) + forced.logits_NE  # type: ignore[method-assign]
+    router, score = layer.router, layer.router.score
+    router.logits = lambda x_ND: score(x_ND) + forced.logits_NE
+    router.logits_apart = lambda x_ND: tuple(
+        logits_NE + forced.logits_NE for logits_NE in linear_twice(x_ND, score.weight, score.bias)
+    )
     return layer
+
+
+class Products(nn.Module):
+    """The experts' products alone: each expert has as many tokens, and all are in one batch.
+
+    No router, gates, activation, bias nor losses, and gradients by automatic differentiation.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        sizes = shape.num_experts, shape.d_hidden, shape.d_model
+        self.shape = shape
+        self.ups = nn.ParameterList(
+            nn.Parameter(torch.empty(sizes)) for _ in range(1 + shape.gated)
+        )
+        self.down = nn.Parameter(torch.empty(sizes).mT.contiguous())
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map (N, D) to (N, D)."""
+        shape = self.shape
+        rows_EPD = x_ND.repeat(shape.top_k, 1).view(shape.num_experts, -1, shape.d_model)
+        hidden_EPH = torch.bmm(rows_EPD, self.ups[0].mT)
+        for weight_EHD in self.ups[1:]:
+            hidden_EPH = hidden_EPH + torch.bmm(rows_EPD, weight_EHD.mT)
+        y_EPD = torch.bmm(hidden_EPH, self.down.mT)
+        return y_EPD.view(shape.top_k, -1, shape.d_model).sum(0)
 
 
 class Beforehand(nn.Module):
@@ -219,7 +251,10 @@ def builders(
     found: dict[str, Callable[[], nn.Module] | str] = {
         "dense": lambda: DenseFFN(shape),
         "ecomoe": lambda: build_ours(shape, forced),
+        "products": lambda: Products(shape),
     }
+    if shape.tokens * shape.top_k % shape.num_experts:
+        found["products"] = "tokens cannot be spread evenly"
     for name in ("grouped_mm", "eager", "batched_mm"):
         found[name] = lambda name=name: build_transformers(shape, forced, name)
     if copied > COPY_LIMIT:

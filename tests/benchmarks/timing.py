@@ -9,6 +9,7 @@ import ctypes
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,20 +106,30 @@ class Contender:
         """Return the bytes kept for backward: each storage once, weights left out."""
         self.module.train()
         known = {weight.untyped_storage().data_ptr() for weight in self.module.parameters()}
-        kept: dict[int, Any] = {}
+        # By reference: what a part of the graph saved that has gone since is not kept.
+        kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage  # held, so that no other takes its address
-            return tensor
+        def pack(tensor: Tensor) -> _Saved:
+            saved = _Saved(tensor)
+            kept.add(saved)
+            return saved
 
         x_ND = x_ND.detach().requires_grad_()
-        with self._prepared(x_ND), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        saved_by_graph = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
+        with self._prepared(x_ND), saved_by_graph:
             y_ND = self.module(x_ND)
-        total = sum(storage.nbytes() for storage in kept.values())
+        storages = {saved.tensor.untyped_storage() for saved in kept}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        total = sum(size for place, size in sizes.items() if place not in known)
         del y_ND
         return total
+
+
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that a graph holds on to."""
+
+    tensor: Tensor
 
 
 def _of_process(name: str) -> int:
