@@ -33,6 +33,19 @@ def number(
     )
 
 
+def share(name: str, value: object) -> float:
+    """Return a real number in [0, 1] as a plain float.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        real: Any = value
+        if 0 <= real <= 1:
+            return float(value)
+    raise ValueError(f"{name}={_shown(value)} must be a number in [0, 1]; change {name}")
+
+
 def size(name: str, value: object) -> int:
     """Return a number of features: an int from 1 on.
 

@@ -48,6 +48,9 @@ class ExpertLinear(nn.Module):
     """One linear map per expert: ``weight`` (E, out, in) and ``bias`` (E, out).
 
     The 2-D bias is called ``bias`` so that optimizers which spare biases from weight decay find it.
+
+    Attributes:
+        spread: How far experts differ at the start; see `reset_parameters`.
     """
 
     bias: nn.Parameter | None
@@ -59,10 +62,12 @@ class ExpertLinear(nn.Module):
         out_features: int,
         *,
         bias: bool = True,
+        spread: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.spread = spread
         self.weight = nn.Parameter(
             torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
         )
@@ -74,11 +79,18 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw as `nn.Linear` does, each expert for itself: uniform within ``1/sqrt(in)``."""
+        """Draw with the variance of `nn.Linear`, ``1 / (3 in)``.
+
+        Each expert is ``sqrt(1 - spread^2) common + spread own``, both drawn uniformly: 1 draws
+        each expert for itself, 0 makes them copies of one.
+        """
         bound = 1.0 / math.sqrt(self.weight.shape[-1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+            if self.spread < 1.0:
+                common = torch.empty_like(parameter[0]).uniform_(-bound, bound)
+                with torch.no_grad():
+                    parameter.mul_(self.spread).add_(common, alpha=math.sqrt(1 - self.spread**2))
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias of the experts that are computed here."""
@@ -152,6 +164,7 @@ class FFNExperts(Experts):
         bias: Whether projections have biases.
         dropout: Probability of dropping a hidden feature in training.
         norm: A module over the hidden features, from (S, H) to (S, H).
+        spread: How far experts differ at the start; see `ExpertLinear.reset_parameters`.
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
     """
@@ -168,6 +181,7 @@ class FFNExperts(Experts):
         bias: bool = True,
         dropout: float = 0.0,
         norm: nn.Module | None = None,
+        spread: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -185,6 +199,7 @@ class FFNExperts(Experts):
             d_model,
             2 * d_hidden if gated else d_hidden,
             bias=bias,
+            spread=spread,
             device=device,
             dtype=dtype,
         )
@@ -193,7 +208,13 @@ class FFNExperts(Experts):
         else:
             self.up_proj = first
         self.down_proj = ExpertLinear(
-            num_experts, d_hidden, self.d_output, bias=bias, device=device, dtype=dtype
+            num_experts,
+            d_hidden,
+            self.d_output,
+            bias=bias,
+            spread=spread,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
@@ -249,6 +270,7 @@ class HeadExperts(Experts):
         num_experts: Number of experts.
         bias: Whether the heads have biases.
         dropout: Probability of dropping an input feature in training.
+        spread: How far experts differ at the start; see `ExpertLinear.reset_parameters`.
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
     """
@@ -261,6 +283,7 @@ class HeadExperts(Experts):
         num_experts: int,
         bias: bool = True,
         dropout: float = 0.0,
+        spread: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -269,7 +292,13 @@ class HeadExperts(Experts):
         self.d_output = num_classes
         self.dropout = dropout
         self.head = ExpertLinear(
-            num_experts, d_model, num_classes, bias=bias, device=device, dtype=dtype
+            num_experts,
+            d_model,
+            num_classes,
+            bias=bias,
+            spread=spread,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:

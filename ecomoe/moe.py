@@ -35,7 +35,10 @@ from ecomoe.routing import Routing
 ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
 
 # Measured (docs/evidence.md). It is no trade-off: where no expert starves, the loss is 0.
-STARVATION_WEIGHT = 0.02
+STARVATION_WEIGHT = 0.04
+# While T is annealed, half of the experts may starve at once, and come back by themselves; a full
+# pull on all of them would fill the optimizer's second moments, and the router learn less.
+SUSTAIN_AT_START = 0.05
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,6 +97,9 @@ class EcoMoE(nn.Module):
         z_weight: Weight of the router's z-loss.
         strength: Factor on O, B and H together. E does not see it, the outcome does.
         warmup_fraction: Share of training with random routing at the start; 0 for none.
+        spread: How far experts differ at the start, from 0 (copies of one, as when a dense block is
+            upcycled) to 1 (each drawn for itself). Experts that start alike learn from all tokens
+            until they part, and a token that changes its expert loses little.
         num_classes: Makes each expert a classifier with this many outputs.
         device: As for `nn.Linear`.
         dtype: Dtype of the experts. The router is fp32 or wider whatever it is.
@@ -136,8 +142,9 @@ class EcoMoE(nn.Module):
         dense: nn.Module | None = None,
         divergence_weight: float = 0.0,
         z_weight: float = 0.0,
-        strength: float = 0.03,
+        strength: float = 0.01,
         warmup_fraction: float = 0.0,
+        spread: float = 0.01,
         num_classes: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -164,6 +171,7 @@ class EcoMoE(nn.Module):
         dropout = arguments.number("dropout", dropout, below=1.0)
         output_dropout = arguments.number("output_dropout", output_dropout, below=1.0)
         warmup_fraction = arguments.number("warmup_fraction", warmup_fraction, below=1.0)
+        spread = arguments.share("spread", spread)
         arguments.flag("gated", gated)
         arguments.flag("bias", bias)
         if isinstance(activation, type) or not callable(activation):
@@ -237,6 +245,7 @@ class EcoMoE(nn.Module):
                 num_experts=self.num_experts,
                 bias=bias,
                 dropout=dropout,
+                spread=spread,
                 device=device,
                 dtype=dtype,
             )
@@ -251,6 +260,7 @@ class EcoMoE(nn.Module):
                 bias=bias,
                 dropout=dropout,
                 norm=hidden_norm,
+                spread=spread,
                 device=device,
                 dtype=dtype,
             )
@@ -382,7 +392,8 @@ class EcoMoE(nn.Module):
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
             if self.usage_floor > 0:
-                terms["starvation"] = losses.starvation_loss(own_shares, floor=self.usage_floor)
+                starvation = losses.starvation_loss(own_shares, floor=self.usage_floor)
+                terms["starvation"] = starvation * self._sustain(starvation.dtype)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
         if control.oracle_weight > 0 and self.strength > 0:
@@ -408,6 +419,14 @@ class EcoMoE(nn.Module):
         if self.z_weight > 0:
             terms["z"] = losses.z_loss(logits_NE)
         return terms
+
+    def _sustain(self, dtype: torch.dtype) -> Tensor | float:
+        """Return the share of its full weight that the starvation loss has at this temperature."""
+        first, last = self.control.temperature, self.control.temperature_at(1.0)
+        if first == last:
+            return 1.0
+        to_go = (self.temperature.to(dtype) - last) / (first - last)
+        return 1.0 - (1.0 - SUSTAIN_AT_START) * to_go
 
     def term_weights(self) -> dict[str, float]:
         """Return the factor of each auxiliary loss in the total, by name."""

@@ -73,7 +73,7 @@ SIZES = {
         width=96,
         hidden=96,
         context=128,
-        steps={"heads": 400, "vit": 200, "text": 200, "upcycle": 120},
+        steps={"heads": 400, "vit": 200, "text": 400, "upcycle": 200},
         batch={"heads": 64, "vit": 64, "text": 8, "upcycle": 8},
         test_tokens=12_000,
     ),

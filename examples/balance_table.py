@@ -34,6 +34,7 @@ def summary(history: list[Record]) -> Record:
             layer["information"] / alive for layer, alive in zip(layers, living, strict=True)
         )
         / count,
+        "information_of_living": sum(layer["information_of_living"] for layer in layers) / count,
         "redundancy": sum(overlaps) / len(overlaps) if overlaps else None,
     }
 
@@ -49,7 +50,8 @@ FIGURES = (
     ("worst topk", "worst.topk", "{:.1f}"),
     ("max-vio", "max_violation", "{:.2f}"),
     ("NMI", "specialisation", "{:.3f}"),
-    ("nats/living", "information_per_living", "{:.4f}"),
+    ("nats of a living expert", "information_of_living", "{:.3f}"),
+    ("nats / living", "information_per_living", "{:.4f}"),
     ("redundancy", "redundancy", "{:.2f}"),
     ("seconds", "seconds", "{:.0f}"),
 )
@@ -114,6 +116,13 @@ def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
     return f"{gap} (95 %: < {100 * upper / level:+.1f} %), p={p:.2g}"
 
 
+# What tells of the label: key, form, and how it is said.
+TOLD = (
+    ("specialisation", "{:.3f}", "routing tells (NMI)"),
+    ("information_of_living", "{:.3f} nats", "a living expert tells"),
+)
+
+
 def promise(runs: list[Record]) -> str:
     """Say in a few sentences whether the package's defaults keep what they promise."""
     own = [run for run in runs if run["policy"] == "ecomoe"]
@@ -122,15 +131,15 @@ def promise(runs: list[Record]) -> str:
         f"`ecomoe` ends with DEAD = 0 on both bases, in every layer, in {kept} of {len(own)} runs."
     ]
     for task in dict.fromkeys(run["task"] for run in own):
-        means = {
-            policy: spread([r["specialisation"] for r in runs if (r["task"], r["policy"]) == cell])
-            for policy, cell in ((name, (task, name)) for name in ("ecomoe", "none"))
-            if any((r["task"], r["policy"]) == cell for r in runs)
-        }
-        if len(means) == 2:
-            more = "more" if means["ecomoe"].mean > means["none"].mean else "less"
-            said.append(
-                f"{task}: routing tells {more} of the label (NMI {means['ecomoe'].mean:.3f}) than "
-                f"without balancing ({means['none'].mean:.3f})."
-            )
+        for key, form, what in TOLD:
+            means = {
+                policy: spread([run[key] for run in runs if (run["task"], run["policy"]) == cell])
+                for policy, cell in ((name, (task, name)) for name in ("ecomoe", "none"))
+                if any((run["task"], run["policy"]) == cell for run in runs)
+            }
+            if len(means) == 2:
+                more = "more" if means["ecomoe"].mean > means["none"].mean else "less"
+                ours, theirs = (form.format(means[name].mean) for name in ("ecomoe", "none"))
+                without = f"than without balancing ({ours} against {theirs})"
+                said.append(f"{task}: {what} {more} of the label {without}.")
     return " ".join(said)

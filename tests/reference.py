@@ -137,7 +137,7 @@ class LoopMoE:
         layer, control = self.layer, self.layer.control
         return {
             "balance": layer.strength * control.balance_weight,
-            "starvation": 0.02 if layer.strength * control.balance_weight > 0 else 0.0,
+            "starvation": 0.04 if layer.strength * control.balance_weight > 0 else 0.0,
             "entropy": layer.strength * control.entropy_weight,
             "oracle": layer.strength * control.oracle_weight,
             "prototype": 1.0,
@@ -154,7 +154,11 @@ class LoopMoE:
         if weights["starvation"] and self.layer.usage_floor:
             # Its gradient stays in the router.
             own = [self.score(t.detach(), place) for place, t in enumerate(tokens)]
-            terms["starvation"] = self.starvation(logits if self.hashed else own, ids)
+            starvation = self.starvation(logits if self.hashed else own, ids)
+            first = self.layer.control.temperature
+            last = min(first, self.layer.control.final_temperature)
+            annealed = (first - self.temperature) / (first - last) if first > last else 1.0
+            terms["starvation"] = (0.05 + 0.95 * annealed) * starvation
         if weights["entropy"]:
             terms["entropy"] = self.entropy(logits)
         if weights["oracle"]:

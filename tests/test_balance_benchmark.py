@@ -88,6 +88,7 @@ def finished(policy, seed, *, loss=1.0, dead=(0, 0), information=0.2):
         "loss": loss,
         "dead": dict(zip(("top1", "topk"), dead, strict=True)),
         "specialisation": information,
+        "information_of_living": 3 - information,
     }
 
 
@@ -95,7 +96,9 @@ def test_promise_is_broken_by_one_dead_expert_on_one_basis():
     runs = [finished("ecomoe", 0), finished("ecomoe", 1, dead=(1, 0)), finished("switch", 0)]
     said = promise([*runs, finished("none", 0, dead=(9, 9), information=0.3)])
     assert "in 1 of 2 runs" in said
-    assert "less of the label (NMI 0.200) than without balancing (0.300)" in said
+    assert "routing tells (NMI) less of the label than without balancing (0.200 against" in said
+    assert "a living expert tells more of the label than" in said
+    assert "2.800 nats against" in said
 
 
 def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():

@@ -193,7 +193,8 @@ def test_convert_spells_out_what_a_block_leaves_open():
     )
     form = {"d_model", "d_hidden", "d_output", "num_classes", "activation", "gated", "bias"}
     block = {"dropout", "output_dropout", "hidden_norm", "dense", "device", "dtype"}
-    assert layers - ours == form | block
+    start = {"spread"}  # `init` says how experts start
+    assert layers - ours == form | block | start
     own = {"model", "layers", "init", "init_amount", "expert_width", "hops", "verbose"}
     assert ours - layers == own
 

@@ -22,7 +22,7 @@ from examples.experiments.claims import CLAIMS, FIRST_VERSION
 from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
 from examples.experiments.figures import revival
-from examples.experiments.measure import evaluate, mutual_information
+from examples.experiments.measure import evaluate, expert_information, mutual_information
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn, rotate
 from examples.experiments.protocol import Batches, ForcedDeath, moved, steps_at, two_rates
 from examples.experiments.records import SCALES
@@ -262,6 +262,17 @@ def test_evaluation_counts_patches_and_text():
     record = evaluate(gpt, [(ids, ids)], labels=7)
     assert record["layers"][0]["num_tokens"] == 40
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+
+
+def test_what_a_living_expert_tells():
+    told = torch.tensor([[1000.0, 0, 0, 0], [0, 1000, 0, 0], [500, 500, 1000, 1000]])
+    expected = math.log(5000 / 1500) - 3 / 2000
+    assert expert_information(told, [True, True, False]) == pytest.approx(expected)
+    assert expert_information(told, [False] * 3) == 0.0
+    # Rare experts tell nothing by chance: 20 tokens of 50 labels.
+    drawn = torch.multinomial(torch.ones(50), 20 * 500, replacement=True).view(500, 20)
+    counts = torch.zeros(500, 50).scatter_add_(1, drawn, torch.ones(500, 20))
+    assert expert_information(counts, [True] * 500) < 0.2
 
 
 def test_mutual_information_of_independent_and_of_equal_variables():

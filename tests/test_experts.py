@@ -7,6 +7,7 @@ from tolerances import assert_near
 from torch import nn
 from torch.nn import functional as F
 
+from ecomoe import EcoMoE
 from ecomoe.dispatch import plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
     ACTIVATIONS,
@@ -40,6 +41,33 @@ class TestActivations:
         copy = pickle.loads(pickle.dumps(experts))
         x_ND, ids_NK = torch.randn(5, 4), torch.tensor([[0], [1], [1], [0], [1]])
         assert torch.equal(run(copy, x_ND, ids_NK), run(experts, x_ND, ids_NK))
+
+
+class TestStart:
+    @pytest.mark.parametrize("spread", [0.0, 0.1, 0.6, 1.0])
+    def test_experts_share_what_they_do_not_have_of_their_own(self, spread):
+        torch.manual_seed(0)
+        linear = ExpertLinear(8, 400, 50, spread=spread)
+        weight_EP = linear.weight.detach().flatten(1)
+        torch.testing.assert_close(
+            weight_EP.std() * 400**0.5, torch.tensor(3**-0.5), rtol=0.02, atol=0
+        )
+        cosines_EE = F.normalize(weight_EP) @ F.normalize(weight_EP).T
+        others = cosines_EE[~torch.eye(8, dtype=torch.bool)]
+        torch.testing.assert_close(
+            others, torch.full_like(others, 1 - spread**2), rtol=0, atol=0.03
+        )
+        assert (len(linear.bias.detach().unique(dim=0)) == 1) == (spread == 0)
+
+    def test_the_layer_starts_its_experts_nearly_alike(self):
+        x_MD = torch.randn(64, 12)
+        for keywords in ({"d_hidden": 24}, {"d_hidden": None, "num_classes": 12}):
+            spreads = {}
+            for name, given in (("default", {}), ("apart", {"spread": 1.0})):
+                layer = EcoMoE(12, tiers=(4, 2, 2), **keywords, **given)
+                y_MEF = layer.experts.all_outputs(x_MD)
+                spreads[name] = (y_MEF - y_MEF.mean(1, keepdim=True)).std() / y_MEF.std()
+            assert 0 < spreads["default"] < 0.05 < 0.25 < spreads["apart"]
 
 
 class TestShapes:

@@ -19,7 +19,8 @@ STEEP = 4.0  # a router that has made up its mind, unlike a fresh one
 
 def make_layer(*arguments, seed=0, **keywords) -> EcoMoE:
     torch.manual_seed(seed)
-    layer = EcoMoE(*arguments, **keywords)
+    # Experts that differ: a mix-up shows, and the router's gradient is no small difference.
+    layer = EcoMoE(*arguments, **{"spread": 1.0, **keywords})
     with torch.no_grad():
         if hasattr(layer.router, "score"):
             layer.router.score.weight.mul_(STEEP)
@@ -273,6 +274,40 @@ class TestInvariance:
         # Weighed by its gate, a chosen expert always moves its output's bias.
         bias_EF = layer.experts.down_proj.bias
         assert bool(bias_EF.grad[used].any(-1).all())
+
+
+class TestGradients:
+    @pytest.mark.parametrize("sustained", [True, False])
+    def test_the_pull_on_starving_experts_bends_no_feature(self, sustained, monkeypatch):
+        for other in ("entropy_loss", "balance_loss"):
+            monkeypatch.setattr(f"ecomoe.losses.{other}", lambda *_, **__: torch.zeros(()))
+        layer = make_layer(6, 5, tiers=(4, 2, 2))
+        with torch.no_grad():
+            layer.router.score.bias[0] = -100.0
+        if not sustained:
+            layer.usage_floor = 0.0
+        x = torch.randn(64, 6, requires_grad=True)
+        (layer(x) * 0.0).sum().add(ecomoe.aux_loss(layer)).backward()
+        assert not x.grad.any()
+        assert bool(layer.router.score.weight.grad.any()) == sustained
+
+    def test_the_pull_grows_while_the_temperature_falls(self):
+        layer = make_layer(6, 5, tiers=(4, 2, 2), target_e=1.0)
+        x, pulls = torch.randn(64, 6), []
+        with torch.no_grad():
+            layer.router.score.bias[0] = -100.0
+        for progress in (0.0, 0.15, 0.3, 1.0):
+            layer.set_progress(progress)
+            layer(x)
+            pulls.append(layer.auxiliary.terms["starvation"].item())
+            ecomoe.aux_loss(layer)
+        assert pulls[0] == pytest.approx(0.05 * pulls[3])
+        assert pulls[1] == pytest.approx(0.525 * pulls[3])
+        assert pulls[2] == pulls[3] > 1
+
+    def test_the_pull_is_whole_where_the_temperature_is_fixed(self):
+        layer = make_layer(6, 5, tiers=(4, 2, 2), temperature=0.2)
+        assert layer._sustain(torch.float32) == 1.0
 
 
 class TestDropout:

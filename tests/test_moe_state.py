@@ -138,7 +138,7 @@ class TestDtypes:
 class TestMeta:
     @pytest.mark.parametrize("kind", KINDS)
     def test_meta_then_empty_then_reset(self, kind):
-        keywords = {"tiers": (3, 1), "temperature": 2.0, **copy.deepcopy(kind)}
+        keywords = {"tiers": (3, 1), "temperature": 2.0, "spread": 1.0, **copy.deepcopy(kind)}
         with torch.device("meta"):
             layer = EcoMoE(6, 5, **keywords)
         if layer.experts.norm is not None:

@@ -222,7 +222,7 @@ def test_experts_that_cannot_be_asked_do_no_harm(monkeypatch):
 
 
 def test_names_the_experts_that_could_stand_in_for_each_other():
-    layer = ecomoe.EcoMoE(8, 16, tiers=(2, 2), top_k=1)
+    layer = ecomoe.EcoMoE(8, 16, tiers=(2, 2), top_k=1, spread=1.0)
     with torch.no_grad():
         for parameter in layer.experts.parameters():
             parameter[3] = parameter[1]

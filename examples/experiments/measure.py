@@ -129,6 +129,9 @@ class LayerCounts:
             "easy": easy,
             "hard_gradient": hard_gradient(hard),
             "information": information,
+            "information_of_living": expert_information(
+                self.joint_EC, [name != "DEAD" for name in category["topk"]]
+            ),
             "specialisation": normalised,
             "redundancy": self.redundancy(category["topk"]),
         }
@@ -170,6 +173,29 @@ def mutual_information(joint: Tensor) -> tuple[float, float]:
     both = entropy(rows) + entropy(columns)
     information = max(both - entropy(joint.flatten()) - chance, 0.0)
     return information, 2 * information / both if both > 0 else 0.0
+
+
+def expert_information(joint_EC: Tensor, living: list[bool]) -> float:
+    """Return what a living expert's tokens say about the label, nats, the mean over those experts.
+
+    An expert tells ``KL(p(label | expert) || p(label))``; weighed by usage, the sum over experts is
+    the mutual information. Unweighed, it does not depend on how many experts share the tokens. What
+    few tokens tell by chance, ``(C - 1) / 2n``, is subtracted.
+
+    >>> round(expert_information(torch.eye(4) * 1e6, [True] * 4), 3) == round(math.log(4), 3)
+    True
+    """
+    joint_EC = joint_EC.double()
+    labels_C = joint_EC.sum(0)
+    joint_EC, labels_C = joint_EC[:, labels_C > 0], labels_C[labels_C > 0]
+    tokens_E = joint_EC.sum(1)
+    kept = torch.tensor(living) & (tokens_E > 0)
+    if not kept.any():
+        return 0.0
+    given_EC = joint_EC[kept] / tokens_E[kept, None]
+    told_E = torch.special.xlogy(given_EC, given_EC * labels_C.sum() / labels_C).sum(1)
+    chance_E = (len(labels_C) - 1) / (2 * tokens_E[kept])
+    return float((told_E - chance_E).clamp_min(0.0).mean())
 
 
 @contextmanager

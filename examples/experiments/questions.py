@@ -62,10 +62,10 @@ def _promise() -> tuple[Setting, ...]:
             strength=None,
             warmup=0.0,
             rate=rate,
-            effort=1 / 3,
+            effort=effort,
             percents=(50, 100),
         )
-        for data in ("cifar10", "wikitext2")
+        for data, effort in (("cifar10", 1 / 3), ("wikitext2", 1.0))
         for tiers, e in (((8, 4, 4), 0.545), ((4, 4, 4, 4), 1.0), ((16,), 0.5), ((16, 8, 8), 0.545))
         for rate in (0.3, 1.0, 3.0)
     )
@@ -120,6 +120,28 @@ QUESTIONS = (
         settings=_promise(),
         paper=False,
         note="Here the weights are the package's: its default strength, no oracle, no warm-up.",
+    ),
+    Experiment(
+        name="start",
+        title="Experts that start alike or apart, the layer's other defaults",
+        section="3.1",
+        claim="experts that start alike learn faster than experts drawn each for itself",
+        settings=tuple(
+            Setting(
+                name=f"{data}, spread {spread:g}",
+                data=data,
+                control=target(0.545, o=0.0),
+                strength=None,
+                spread=spread,
+                warmup=0.0,
+                effort=1 / 3,
+                percents=(50, 100),
+            )
+            for data in ("cifar10", "wikitext2")
+            for spread in (1.0, 0.1, 0.01, 0.0)
+        ),
+        seeds=3,
+        paper=False,
     ),
     Experiment(
         name="class-count",

@@ -123,6 +123,8 @@ class Setting:
         strength: Factor on H, O and B, with the paper's router and without a usage floor;
             ``None`` for the layer's defaults of all three. The paper knows no such factor, so its
             weights are taken as printed.
+        spread: How far experts differ at the start; ``None`` for the layer's default where
+            ``strength`` is, else 1: the paper says nothing of experts that start alike.
         warmup: Share of the training with random routing.
         effort: Factor on the scale's epochs.
         rate: Factor on both learning rates.
@@ -137,6 +139,7 @@ class Setting:
     ortho_weight: float = 0.0
     oracle: str | None = None
     strength: float | None = 1.0
+    spread: float | None = None
     warmup: float = 0.15
     effort: float = 1.0
     rate: float = 1.0

@@ -63,7 +63,9 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
         "warmup_fraction": setting.warmup,
     }
     if setting.strength is not None:
-        common |= {"strength": setting.strength, "router": "mlp"}
+        common |= {"strength": setting.strength, "router": "mlp", "spread": 1.0}
+    if setting.spread is not None:
+        common["spread"] = setting.spread
     if samples.kind == "language":
         return GPT(
             vocabulary=samples.classes,

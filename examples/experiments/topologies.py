@@ -127,6 +127,7 @@ class Topology(Setting):
             "temperature": self.control.temperature,
             "balance_weight": self.control.balance_weight,
             "bias": False,
+            "spread": 1.0,
         }
         strength = {} if self.strength is None else {"strength": self.strength}
         if self.dense is not None:
