@@ -36,9 +36,8 @@ A verdict is *reproduced*, *qualified* (true with a condition that matters), *re
 reach* at this scale, or *not yet run*. At the scale of these runs the networks, the training and
 the data are far smaller than the paper's; a verdict speaks of the mechanism, not of its numbers.
 
-The runs at the package's defaults in `e-order`, `promise` and `revival` were made before the
-gradient of the starvation loss was kept in the router (see the changelog); those of the balance
-benchmark and of the equifinality paper after it.
+The runs of the equifinality paper were made before the starvation loss grew with the annealing of
+T (see the changelog), at its former weight of 0.02.
 """
 
 
