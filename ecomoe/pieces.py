@@ -143,7 +143,7 @@ def _experts_at_once(spans: list[tuple[int, int]], dtype: torch.dtype) -> int:
     if costs[0]:
         for number in BATCHES:
             highest = max(costs[:number])
-            small = number * (highest - FEW_ROWS) <= MAX_PIECE_ROWS
+            small = highest - FEW_ROWS <= min(MAX_ROWS, MAX_PIECE_ROWS // number)
             even = number * highest <= MAX_EXCESS * sum(costs[:number])
             if number <= len(spans) and small and even:
                 return number
