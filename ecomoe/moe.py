@@ -425,7 +425,8 @@ class EcoMoE(nn.Module):
         first, last = self.control.temperature, self.control.temperature_at(1.0)
         if first == last:
             return 1.0
-        to_go = (self.temperature.to(dtype) - last) / (first - last)
+        # Outside of the span are a checkpoint of a layer that started hotter, and rounding.
+        to_go = ((self.temperature.to(dtype) - last) / (first - last)).clamp(0.0, 1.0)
         return 1.0 - (1.0 - SUSTAIN_AT_START) * to_go
 
     def term_weights(self) -> dict[str, float]:

@@ -305,6 +305,21 @@ class TestGradients:
         assert pulls[1] == pytest.approx(0.525 * pulls[3])
         assert pulls[2] == pulls[3] > 1
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_pull_never_turns_into_a_push(self, dtype):
+        layer = make_layer(6, 5, tiers=(4, 2, 2), target_e=1.0)
+        # From a checkpoint of a layer that started hotter; below the end of its own annealing.
+        for temperature, share in ((9.0, 0.05), (0.1, 1.0)):
+            hotter = make_layer(6, 5, tiers=(4, 2, 2), temperature=temperature)
+            layer.load_state_dict(hotter.state_dict())
+            assert float(layer._sustain(dtype)) == pytest.approx(share)
+        # The annealing's span is smaller than what the buffer resolves.
+        for start in (0.30000002, 0.3 + 1e-16):
+            layer = make_layer(6, 5, tiers=(4, 2, 2), temperature=start)
+            for progress in (0.0, 0.1, 1.0):
+                layer.set_progress(progress)
+                assert 0.05 * (1 - 1e-6) <= float(layer._sustain(dtype)) <= 1.0
+
     def test_the_pull_is_whole_where_the_temperature_is_fixed(self):
         layer = make_layer(6, 5, tiers=(4, 2, 2), temperature=0.2)
         assert layer._sustain(torch.float32) == 1.0
