@@ -10,7 +10,6 @@ Every run is resumable, and a run that is done is not done again.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +23,14 @@ from torch.nn import functional as F
 
 import ecomoe
 from ecomoe import EcoMoE
-from examples.balance_table import summary, table
+from examples.balance_table import summary, tables
 from examples.data import Images, Text, load, standard_library
 from examples.experiments.data import blocks
 from examples.experiments.measure import Record, evaluate
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn
 from examples.experiments.protocol import Batches, Job, fit, split, steps_at
 from examples.experiments.runner import brief, rounded
+from examples.experiments.storage import read_json, write_json
 from examples.policies import POLICIES, Policy
 
 TIERS, TOP_K = (8, 4, 4), 2
@@ -98,6 +98,7 @@ class Task:
     """What is learned, and by what.
 
     Attributes:
+        data: Where it comes from, in words.
         train, test: Inputs and targets.
         labels: Classes, or ids of the vocabulary.
         augment: Whether images are moved.
@@ -105,6 +106,7 @@ class Task:
     """
 
     name: str
+    data: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     labels: int
@@ -123,11 +125,21 @@ def make_task(name: str, size: Size, images: Images, text: Text, folder: Path) -
         build = (
             _heads(classes, train[0].shape[1]) if name == "heads" else _vit(size, train[0], classes)
         )
-        return Task(name=name, train=train, test=test, labels=classes, augment=True, build=build)
+        return Task(
+            name=name,
+            data=images.name,
+            train=train,
+            test=test,
+            labels=classes,
+            augment=True,
+            build=build,
+        )
     train = blocks(text.train, size.context)
     test = blocks(text.test[: size.test_tokens], size.context)
     build = _gpt(size) if name == "text" else _upcycled(size, folder)
-    return Task(name=name, train=train, test=test, labels=256, augment=False, build=build)
+    return Task(
+        name=name, data=text.name, train=train, test=test, labels=256, augment=False, build=build
+    )
 
 
 def _sized(pixels: Tensor, side: int) -> Tensor:
@@ -218,7 +230,8 @@ def _upcycled(size: Size, folder: Path) -> Callable[[Policy, int], nn.Module]:
         else:
             _train_dense(Logits(model), size, seed)
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), path)
+            torch.save(model.state_dict(), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
         if policy.sparse:
             options = {**policy.layer_options, "tiers": TIERS, "top_k": TOP_K, "verbose": False}
             return Logits(ecomoe.convert(model, **options))
@@ -255,9 +268,16 @@ def run(
     task: Task, policy: Policy, size: Size, *, seed: int, folder: Path, progress: Any
 ) -> Record:
     """Train and measure one cell of the table; from its JSON file where it is done already."""
-    done = folder / "result.json"
+    done, made_of = folder / "result.json", folder / "made_of.json"
+    identity = {"data": f"{task.data}, {len(task.train[0])} samples", "size": asdict(size)}
+    if made_of.exists() and (other := read_json(made_of)) != identity:
+        raise ValueError(
+            f"{folder} holds a run on {other['data']}, of another size or other data than asked "
+            f"for ({identity['data']}); give these runs another --out"
+        )
+    write_json(made_of, identity)
     if done.exists():
-        return json.loads(done.read_text())
+        return read_json(done)  # type: ignore[no-any-return]
     torch.manual_seed(seed)
     model = task.build(policy, seed)
     total = size.steps[task.name]
@@ -293,7 +313,7 @@ def run(
             "history": [brief(record, total) for record in history],
         }
     )
-    done.write_text(json.dumps(result))
+    write_json(done, result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
@@ -317,8 +337,14 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.results or options.out / f"balance-{options.scale}.json"
     if options.table:
         if not path.exists():
-            parser.error(f"{path} does not exist; run the benchmark first, or pass --results")
-        console.print(table(json.loads(path.read_text())["runs"]))
+            parser.error(
+                f"{path} does not exist; run the benchmark first, or pass its --scale or --results"
+            )
+        try:
+            content = read_json(path)
+        except ValueError as error:
+            parser.error(str(error))
+        show(content["runs"], console)
         return
     size = SIZES[options.scale]
     try:
@@ -335,16 +361,19 @@ def main(arguments: list[str] | None = None) -> None:
                 for policy_name in options.policies:
                     label = f"{name} · {policy_name} · seed {seed}"
                     bar = progress.add_task(label, total=None)
-                    result = run(
-                        task,
-                        POLICIES[policy_name](),
-                        size,
-                        seed=seed,
-                        folder=folder / f"{name}-{policy_name}-{seed}",
-                        progress=lambda step, total, bar=bar: progress.update(
-                            bar, completed=step, total=total
-                        ),
-                    )
+                    try:
+                        result = run(
+                            task,
+                            POLICIES[policy_name](),
+                            size,
+                            seed=seed,
+                            folder=folder / f"{name}-{policy_name}-{seed}",
+                            progress=lambda step, total, bar=bar: progress.update(
+                                bar, completed=step, total=total
+                            ),
+                        )
+                    except ValueError as error:
+                        parser.error(str(error))
                     runs.append(result)
                     progress.update(bar, visible=False)
                     dead = result.get("dead", "no experts")
@@ -356,9 +385,15 @@ def main(arguments: list[str] | None = None) -> None:
                         "size": asdict(size),
                         "runs": runs,
                     }
-                    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    console.print(table(runs))
+                    write_json(path, content)
+    show(runs, console)
     console.print(f"results: {path}")
+
+
+def show(runs: list[Record], console: Console) -> None:
+    """Print a table of each task."""
+    for shown in tables(runs):
+        console.print(shown)
 
 
 def _command(options: argparse.Namespace, tasks: tuple[str, ...]) -> str:

@@ -70,18 +70,17 @@ def rows(runs: list[Record]) -> Iterator[list[str]]:
             yield [task, name, str(len(group)), _not_worse(name, groups), *figures]
 
 
-def table(runs: list[Record]) -> Table:
-    """Return the comparison; each figure is a mean over seeds, plus or minus the sample sd."""
-    shown = Table(title=TITLE)
-    for heading in HEADINGS:
-        shown.add_column(heading)
-    last = None
-    for cells in rows(runs):
-        if last not in (None, cells[0]):
-            shown.add_section()
-        shown.add_row(*cells)
-        last = cells[0]
-    return shown
+def tables(runs: list[Record]) -> Iterator[Table]:
+    """Yield each task's comparison, a policy a column: a terminal is narrower than all figures."""
+    found = list(rows(runs))
+    for task in dict.fromkeys(cells[0] for cells in found):
+        own = [cells for cells in found if cells[0] == task]
+        shown = Table(title=task, caption=TITLE)
+        for heading in (HEADINGS[1], *(cells[1] for cells in own)):
+            shown.add_column(heading)
+        for index, heading in enumerate(HEADINGS[2:], start=2):
+            shown.add_row(heading, *(cells[index] for cells in own))
+        yield shown
 
 
 def _mean(group: list[Record], key: str, form: str) -> str:

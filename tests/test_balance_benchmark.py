@@ -11,7 +11,7 @@ from examples.balance_table import promise, rows
 from examples.policies import POLICIES, BiasedRouter, LossFree, SwitchLoss
 
 
-def test_every_task_runs_under_every_policy_once(tmp_path, capsys):
+def test_every_task_runs_under_every_policy_once(tmp_path, capsys, monkeypatch):
     arguments = ["--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)]
     balance_benchmark.main(arguments)
     path = tmp_path / "balance-smoke.json"
@@ -32,8 +32,29 @@ def test_every_task_runs_under_every_policy_once(tmp_path, capsys):
     balance_benchmark.main([*arguments, *few, "--results", str(tmp_path / "few.json")])
     command = json.loads((tmp_path / "few.json").read_text())["command"]
     assert "--scale smoke --tasks vit --policies bias none --seeds 1" in command
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "100")
     balance_benchmark.main(["--table", "--results", str(path)])
-    assert "upcycle" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "upcycle" in shown
+    assert "…" not in shown
+
+
+def test_runs_on_other_data_are_not_taken_for_these(tmp_path, capsys):
+    arguments = ["--scale", "smoke", "--seeds", "1", "--tasks", "text", "--policies", "switch"]
+    arguments += ["--out", str(tmp_path / "out")]
+    balance_benchmark.main(arguments)
+    text = tmp_path / "other.txt"
+    text.write_text("another text, of its own words " * 1000)
+    with pytest.raises(SystemExit):
+        balance_benchmark.main([*arguments, "--data", str(text)])
+    said = capsys.readouterr().err
+    assert "Python standard library" in said
+    assert "another --out" in said
+    (tmp_path / "out" / "smoke" / "text-switch-0" / "result.json").write_text("{")
+    with pytest.raises(SystemExit):
+        balance_benchmark.main(arguments)
+    assert "no whole JSON" in capsys.readouterr().err
 
 
 def test_loss_free_bias_follows_the_load():

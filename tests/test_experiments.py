@@ -383,6 +383,36 @@ def test_evidence_without_results_names_every_command(tmp_path):
         assert f"run {name} --scale small" in text
 
 
+def test_a_page_is_not_replaced_where_there_is_nothing_to_read(tmp_path, capsys):
+    page, results = tmp_path / "evidence.md", tmp_path / "results"
+    page.write_text("as it was")
+    results.mkdir()
+    (results / "low-e-smoke.json").write_text('{"experiment": "low')
+    for folder, message in ((tmp_path / "none", "no folder"), (results, "no whole JSON")):
+        with pytest.raises(SystemExit):
+            main(["evidence", "--results", str(folder), "--to", str(page)])
+        assert message in capsys.readouterr().err
+        assert page.read_text() == "as it was"
+    with pytest.raises(SystemExit):
+        main(["report", "--results", str(results), "--html", str(tmp_path / "plots.html")])
+    assert "no whole JSON" in capsys.readouterr().err
+
+
+def test_a_broken_result_is_named(library, tmp_path):
+    (tmp_path / "result.json").write_text('{"setting": {"na')
+    samples = library.get("cifar10")
+    with pytest.raises(ValueError, match=r"result\.json is no whole JSON.*remove it"):
+        run_setting(EXPERIMENTS["low-e"].settings[0], SMOKE, samples, seed=0, folder=tmp_path)
+
+
+def test_the_list_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["list"])
+    listed = capsys.readouterr().out
+    assert len(listed.splitlines()) < 10 * len(EXPERIMENTS)
+    assert "…" not in listed
+
+
 def test_command_line_lists_and_refuses(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["list"])

@@ -20,18 +20,16 @@ COMMITTED = Path(__file__).parent / "results"
 def list_experiments(console: Console) -> None:
     """Print every entry."""
     for of_paper, title in ((True, "The paper's experiments"), (False, "Questions to the paper")):
-        table = Table(title=title)
-        for heading in ("name", "what", "section", "conditions", "the paper's seeds", "claim"):
+        table = Table(title=title, caption="runs: conditions x the paper's seeds")
+        for heading in ("name", "what, and the paper's claim", "section", "runs"):
             table.add_column(heading, no_wrap=heading == "name")
         for entry in EXPERIMENTS.values():
             if entry.paper == of_paper:
                 table.add_row(
                     entry.name,
-                    entry.title,
+                    f"{entry.title}: [i]{entry.claim}[/i]",
                     entry.section,
-                    str(len(entry.settings)),
-                    str(entry.seeds),
-                    entry.claim,
+                    f"{len(entry.settings)} x {entry.seeds}",
                 )
         console.print(table)
 
@@ -43,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("list", help="show every experiment")
     run = commands.add_parser("run", help="run an experiment, or go on with it")
     run.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME")
-    run.add_argument("--scale", choices=SCALES, default="small")
+    run.add_argument("--scale", choices=SCALES, default="small", help="how large; %(default)s")
     run.add_argument("--seeds", type=int, help="runs of each condition; the paper's by default")
     run.add_argument("--conditions", type=int, help="only the first so many conditions")
     run.add_argument(
@@ -65,8 +63,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--light", action="store_true", help="plots load plotly.js from the network"
     )
     evidence = commands.add_parser("evidence", help="write docs/evidence.md from results")
-    evidence.add_argument("--results", type=Path, default=COMMITTED)
-    evidence.add_argument("--to", type=Path, default=Path("docs/evidence.md"))
+    evidence.add_argument(
+        "--results",
+        type=Path,
+        default=COMMITTED,
+        help="folder of JSON results; those that came along",
+    )
+    evidence.add_argument(
+        "--to", type=Path, default=Path("docs/evidence.md"), help="the page; %(default)s"
+    )
     options = parser.parse_args(arguments)
     console = Console()
 
@@ -100,7 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         own = OUT / "results"
         folder = options.results or (own if any(own.glob("*.json")) else COMMITTED)
-        results = read_results(folder)
+        try:
+            results = read_results(folder)
+        except ValueError as error:
+            parser.error(str(error))
         if not results:
             parser.error(f"{folder} holds no results; run an experiment first")
         for table in report_tables(results):
@@ -109,7 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         from examples.experiments.evidence import write_evidence
 
-        console.print(f"written: {write_evidence(options.results, options.to)}")
+        if not options.results.is_dir():
+            parser.error(f"{options.results} is no folder; name one with JSON results")
+        try:
+            console.print(f"written: {write_evidence(options.results, options.to)}")
+        except ValueError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

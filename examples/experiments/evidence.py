@@ -6,7 +6,6 @@ listed as not yet run, with the command that runs it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from examples.balance_table import HEADINGS, TITLE, promise, rows
@@ -17,6 +16,7 @@ from examples.experiments.measure import Record
 from examples.experiments.records import SCALES
 from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.report import plus_minus, read_results
+from examples.experiments.storage import read_json
 
 HEAD = """# Evidence
 
@@ -43,12 +43,10 @@ T (see the changelog), at its former weight of 0.02.
 
 def write_evidence(results: Path, to: Path) -> Path:
     """Write the page from the results of a folder."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    benchmarks = [json.loads(path.read_text()) for path in sorted(results.glob("balance-*.json"))]
-    equifinality = [
-        json.loads(path.read_text()) for path in sorted(results.glob("equifinality-*.json"))
-    ]
+    benchmarks = [read_json(path) for path in sorted(results.glob("balance-*.json"))]
+    equifinality = [read_json(path) for path in sorted(results.glob("equifinality-*.json"))]
     page = evidence(read_results(results), benchmarks)
+    to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text("\n".join([page, *map(section, equifinality)]))
     return to
 

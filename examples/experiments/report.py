@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,14 @@ from examples.experiments.figures import (
     scores,
 )
 from examples.experiments.measure import Record
+from examples.experiments.storage import read_json
 
 MOST_SIDE_BY_SIDE = 6
 
 
 def read_results(folder: Path) -> list[Record]:
     """Return the experiments' results of a folder, in order of their names."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
     return [content for content in found if "experiment" in content]
 
 

@@ -36,6 +36,7 @@ from examples.experiments.protocol import (
     two_rates,
 )
 from examples.experiments.records import Experiment, Scale, Setting
+from examples.experiments.storage import read_json, write_json
 from examples.experiments.topologies import Topology
 
 MAX_LOGITS = 2**26
@@ -111,7 +112,7 @@ def run_setting(
     """Train, measure and return one run; from ``folder/result.json`` where it is done already."""
     done = folder / "result.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return read_json(done)  # type: ignore[no-any-return]
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(setting, scale, samples).to(device)
@@ -183,7 +184,7 @@ def run_setting(
             ],
         }
     )
-    done.write_text(json.dumps(result))
+    write_json(done, result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
@@ -299,9 +300,7 @@ def write_results(
         f"--scale {scale.name} --seeds {seeds} --data DIR",
         "runs": runs,
     }
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
-    unfinished.replace(path)
+    write_json(path, content)
 
 
 def said(record: Record) -> str:
