@@ -169,7 +169,10 @@ def _layers(
 
 
 def _checked(counts: Any, *, name: str, layer: EcoMoE) -> list[float]:
-    slots = torch.as_tensor(counts).double().flatten().tolist()
+    try:
+        slots = torch.as_tensor(counts).double().flatten().tolist()
+    except (RuntimeError, TypeError, ValueError):
+        slots = []
     if len(slots) != layer.num_experts or min(slots) < 0 or not 0 < sum(slots) < float("inf"):
         raise ValueError(
             f"usage[{name!r}]={counts!r} must be {layer.num_experts} counts >= 0, not all 0; "
@@ -200,6 +203,11 @@ def _check_layer(layer: EcoMoE, name: str) -> None:
 def _pair(name: str, slots: Sequence[float], dead: Sequence[int]) -> Iterator[Rescued]:
     """Give each dead expert the donor with most tokens left, which then keeps half of them."""
     left = {expert: count for expert, count in enumerate(slots) if expert not in dead}
+    if not left:
+        raise ValueError(
+            f"layer {name!r}: all {len(slots)} experts are DEAD by these thresholds, so that none "
+            "can be copied; pass thresholds='relative', or convert the model anew"
+        )
     for expert in dead:
         donor = max(left, key=lambda living: left[living])
         left[donor] /= 2

@@ -206,6 +206,8 @@ def test_refuses_a_router_that_learns_nothing(router):
         (lambda layer: (layer, {"": [1, 2, 3]}), ["[1, 2, 3]", "4 counts"]),
         (lambda layer: (layer, {"": [1, 2, -3, 4]}), ["-3", ">= 0"]),
         (lambda layer: (layer, {"": [0, 0, 0, 0]}), ["not all 0"]),
+        (lambda layer: (layer, {"": ["a", 1, 2, 3]}), ["['a', 1, 2, 3]", "4 counts"]),
+        (lambda layer: (layer, {"": None}), ["usage['']=None", "4 counts"]),
     ],
 )
 def test_says_what_is_wrong(arguments, parts):
@@ -227,6 +229,16 @@ def test_refuses_a_router_that_does_not_tell_its_rows_and_changes_nothing():
         assert torch.equal(one, other)
     # Nobody to rescue, nothing to refuse.
     assert rescue(model, {"0": [5, 5, 5, 5], "1": [5, 5, 5, 5]}) == []
+
+
+def test_says_so_where_nobody_lives_to_be_copied_and_changes_nothing():
+    model = nn.Sequential(EcoMoE(8, 8, tiers=(4,)), EcoMoE(8, 8, tiers=(128,)))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"layer '1'.*all 128 experts are DEAD.*relative"):
+        # Even use is 0.8 % of the slots, and DEAD under 1 % of them.
+        rescue(model, {"0": [5, 0, 5, 5], "1": [1] * 128}, thresholds="paper")
+    for one, other in zip(model.parameters(), before, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_refuses_an_optimizer_that_is_none():
