@@ -150,7 +150,12 @@ def test_summary_takes_the_peak_and_the_revivals():
     [
         ({"first": 1.2}, "first=1.2 must be a share"),
         ({"num_second": 0}, "num_second=0 must be > 0"),
+        ({"first": "0.5"}, "first='0.5' must be a share"),
+        ({"num_first": None}, "num_first=None must be a finite number"),
+        ({"num_first": float("inf")}, "num_first=inf must be a finite number"),
         ({"margin": 0}, "margin=0 must be > 0"),
+        ({"margin": "1"}, "margin='1' must be a finite number"),
+        ({"alpha": "0.1"}, "alpha='0.1' must be in"),
         ({"alpha": 0.5}, "alpha=0.5 must be in"),
     ],
 )
@@ -158,6 +163,12 @@ def test_wrong_arguments(arguments, message):
     given_ = {"first": 0.5, "second": 0.5, "num_first": 10, "num_second": 10} | arguments
     with pytest.raises(ValueError, match=message):
         equivalence(given_.pop("first"), given_.pop("second"), **given_)
+
+
+def test_a_tiny_alpha_asks_for_a_wide_interval():
+    low, high = equivalence(0.5, 0.5, num_first=100, num_second=100, alpha=1e-20).interval
+    assert -1.0 < low < -0.5
+    assert high == -low
 
 
 def test_wrong_runs():

@@ -75,9 +75,31 @@ class TestOnePair:
         other = mean_equivalence([1.0, 1.0], [3.0, 3.0], margin=1.0)
         assert (other.equivalent, other.different) == (False, True)
 
+    @pytest.mark.parametrize("value", [0.1, 3.3])
+    @pytest.mark.parametrize("away", [0.0, 1e-12, 1e-90])
+    def test_next_to_no_spread(self, value, away):
+        """Whose sums round, and whose reach is beyond what scipy's noncentral t can tell."""
+        tested = mean_equivalence([value] * 2 + [value + away], [value] * 3, margin=0.1)
+        assert (tested.equivalent, tested.different, tested.power) == (True, False, 1.0)
+        small = mean_equivalence([away, 2 * away], [away, 3 * away], margin=0.1)
+        assert (small.equivalent, small.power) == (True, 1.0)
+
+    def test_values_of_numpy_give_plain_numbers(self):
+        tested = mean_equivalence(np.array(FIRST), np.array(SECOND), margin=1.0)
+        assert tested == mean_equivalence(FIRST, SECOND, margin=1.0)
+        assert type(tested.difference) is float
+        assert type(tested.different) is bool
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"first": [1.0, None]}, "must be finite values of two seeds"),
+            ({"first": [1.0, "2"]}, "must be finite values of two seeds"),
+            ({"first": 1.0}, "first=1.0 must be finite values of two seeds"),
+            ({"margin": "0.1"}, "margin='0.1' must be a finite number"),
+            ({"margin": math.inf}, "margin=inf must be a finite number"),
+            ({"alpha": "0.1"}, "alpha='0.1' must be in"),
+            ({"alpha": None}, "alpha=None must be in"),
             ({"first": [1.0]}, "must be finite values of two seeds"),
             ({"second": [1.0, math.nan]}, "must be finite values of two seeds"),
             ({"margin": 0.0}, "margin=0.0 must be > 0"),

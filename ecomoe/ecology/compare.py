@@ -12,8 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from numbers import Real
 from statistics import NormalDist
 from typing import Any
+
+from ecomoe import arguments
 
 Record = Mapping[str, Any]
 
@@ -71,15 +74,12 @@ def equivalence(
         [True, False]
     """
     for name, share in (("first", first), ("second", second)):
-        if not 0 <= share <= 1:
+        if not (isinstance(share, Real) and 0 <= share <= 1):
             raise ValueError(f"{name}={share!r} must be a share in [0, 1]; divide by the trials")
     for name, number in (("num_first", num_first), ("num_second", num_second)):
-        if not number > 0:
+        if not arguments.number(name, number) > 0:
             raise ValueError(f"{name}={number!r} must be > 0; evaluate on some samples")
-    if not margin > 0:
-        raise ValueError(f"margin={margin!r} must be > 0; no finite sample shows exact equality")
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha={alpha!r} must be in (0, 0.5); 0.05 is usual")
+    check_bounds(margin=margin, alpha=alpha)
     # Agresti and Caffo's two added trials keep the error of shares near 0 and 1 from vanishing.
     error = math.sqrt(_variance(first, num_first) + _variance(second, num_second))
     difference = first - second
@@ -87,7 +87,7 @@ def equivalence(
     p = max(
         1 - normal.cdf((difference + margin) / error), normal.cdf((difference - margin) / error)
     )
-    half = normal.inv_cdf(1 - alpha) * error
+    half = -normal.inv_cdf(alpha) * error
     low, high = difference - half, difference + half
     return Equivalence(
         difference=difference,
@@ -96,6 +96,18 @@ def equivalence(
         equivalent=p < alpha,
         different=low > margin or high < -margin,
     )
+
+
+def check_bounds(*, margin: object, alpha: object) -> None:
+    """Refuse a margin and an error rate that no test can use.
+
+    Raises:
+        ValueError: One of them breaks its rule.
+    """
+    if not arguments.number("margin", margin) > 0:
+        raise ValueError(f"margin={margin!r} must be > 0; no finite sample shows exact equality")
+    if not (isinstance(alpha, Real) and 0 < float(alpha) < 0.5):
+        raise ValueError(f"alpha={alpha!r} must be in (0, 0.5); 0.05 is usual")
 
 
 def _variance(share: float, number: float) -> float:

@@ -8,12 +8,13 @@ tests need scipy.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from ecomoe.ecology.compare import summarise
+from ecomoe.ecology.compare import check_bounds, summarise
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,35 @@ def mean_equivalence(
         >>> [mean_equivalence(*seeds, margin=m).equivalent for m in (1.0, 0.5)]
         [True, False]
     """
-    _check_seeds({"first": first, "second": second})
-    if not margin > 0:
-        raise ValueError(f"margin={margin!r} must be > 0; no finite sample shows exact equality")
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha={alpha!r} must be in (0, 0.5); 0.05 is usual")
+    values_of_both = [_seeds("first", first), _seeds("second", second)]
+    check_bounds(margin=margin, alpha=alpha)
     from scipy import stats
 
-    difference = _mean(first) - _mean(second)
-    parts = [_variance(values) / len(values) for values in (first, second)]
+    # Exact sums: equal values must have no variance, and not that of their rounding.
+    one, other = (statistics.mean(values) for values in values_of_both)
+    difference = one - other
+    parts = [statistics.variance(values) / len(values) for values in values_of_both]
     error = math.sqrt(sum(parts))
     if error == 0:
         same = abs(difference) < margin
         there = (difference, difference)
         different = abs(difference) > margin
         return MeanEquivalence(difference, there, 0.0 if same else 1.0, same, different, 1.0)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True)
+    # Of shares of the sum, whose squares do not underflow.
+    freedom = 1 / sum(
+        (part / sum(parts)) ** 2 / (len(values) - 1)
+        for part, values in zip(parts, values_of_both, strict=True)
     )
     p = max(
         float(stats.t.sf((difference + margin) / error, freedom)),
         float(stats.t.cdf((difference - margin) / error, freedom)),
     )
-    bound = float(stats.t.ppf(1 - alpha, freedom))
+    bound = float(stats.t.isf(alpha, freedom))
     reach = margin / error
-    power = stats.nct.cdf(-bound, freedom, -reach) - stats.nct.cdf(bound, freedom, reach)
+    power = float(stats.nct.cdf(-bound, freedom, -reach) - stats.nct.cdf(bound, freedom, reach))
+    if math.isnan(power):
+        # scipy gives up on a reach of millions of errors and more, which is a matter of yes or no.
+        power = float(reach > bound)
     low, high = difference - bound * error, difference + bound * error
     return MeanEquivalence(
         difference=difference,
@@ -92,7 +97,7 @@ def mean_equivalence(
         p=p,
         equivalent=p < alpha,
         different=low > margin or high < -margin,
-        power=max(float(power), 0.0),
+        power=max(power, 0.0),
     )
 
 
@@ -118,13 +123,13 @@ def compare_conditions(
     """
     if len(conditions) < 2:
         raise ValueError(f"{len(conditions)} condition to compare; give at least two")
-    _check_seeds(conditions)
+    conditions = {name: _seeds(name, values) for name, values in conditions.items()}
     pairs = []
     for first, second in combinations(conditions, 2):
         tested = mean_equivalence(conditions[first], conditions[second], margin=margin, alpha=alpha)
         pairs.append({"conditions": [first, second], **asdict(tested)})
     return {
-        "means": {name: _mean(values) for name, values in conditions.items()},
+        "means": {name: statistics.mean(values) for name, values in conditions.items()},
         "seeds": {name: len(values) for name, values in conditions.items()},
         "pairs": pairs,
         "equivalent": sum(pair["equivalent"] for pair in pairs),
@@ -133,13 +138,18 @@ def compare_conditions(
     }
 
 
-def _check_seeds(conditions: Mapping[str, Sequence[float]]) -> None:
-    for name, values in conditions.items():
-        if len(values) < 2 or not all(math.isfinite(value) for value in values):
-            raise ValueError(
-                f"{name}={list(values)!r} must be finite values of two seeds or more; run more "
-                "seeds, or leave the condition out"
-            )
+def _seeds(name: str, values: Sequence[float]) -> list[float]:
+    """Return the values as plain floats, or say what is wrong with them."""
+    try:
+        usable = len(values) >= 2 and all(math.isfinite(value) for value in values)
+    except TypeError:
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{name}={values!r} must be finite values of two seeds or more; run more seeds, or "
+            "leave the condition out"
+        )
+    return [float(value) for value in values]
 
 
 def values_of(
@@ -164,12 +174,3 @@ def values_of(
             )
         found[name] = values
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
