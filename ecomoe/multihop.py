@@ -134,7 +134,9 @@ class MultiHop(nn.Module):
             part = Part(rows_M, x_ND.shape[0]) if hop else None
             with self.layer.router.given(part):
                 update_MD = self.layer(state_MD)
-            halt.tokens[hop] += state_MD.shape[0]
+            # Exported, the number is a symbol, which would stay in the count.
+            if not torch.compiler.is_exporting():
+                halt.tokens[hop] += state_MD.shape[0]
             total_ND = total_ND.index_add(0, rows_M, update_MD)
             if hop + 1 == self.hops:
                 break
@@ -298,6 +300,8 @@ def halting(model: nn.Module, *, epsilon: float) -> Iterator[Saved]:
     Raises:
         ValueError: An argument breaks its rule, or the model has no such layer or is training.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} must be an nn.Module; pass the model itself")
     epsilon = arguments.number("epsilon", epsilon)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MultiHop)}
     if not layers:

@@ -360,6 +360,18 @@ class TestHalting:
             assert 0 < saved.share < 2 / 3
         torch._dynamo.reset()
 
+    def test_export_counts_nothing(self):
+        """Its tokens are symbols; counted, they would make ``share`` one for good."""
+        model = build(3).eval()
+        x = torch.randn(50, 6).double()
+        epsilon = self.quantile(model, x, 0.5)
+        with torch.no_grad(), halting(model, epsilon=epsilon) as saved:
+            exported = torch.export.export(model, (x,)).module()
+            assert saved.layers[""].tokens == [0, 0, 0]
+            other = torch.randn(50, 6).double()
+            assert_near(exported(other), model(other), torch.float64)
+        assert 0 < saved.share < 2 / 3
+
     def test_zero_stops_none(self):
         model = build(3).eval()
         x = torch.randn(9, 6).double()
@@ -380,6 +392,7 @@ class TestHalting:
         [
             (lambda m: halting(m.train(), epsilon=0.1), "training mode"),
             (lambda m: halting(nn.Linear(2, 2), epsilon=0.1), "holds no MultiHop layer"),
+            (lambda m: halting(m.forward, epsilon=0.1), "must be an nn.Module; pass"),
             (lambda m: halting(m, epsilon=-1.0), "epsilon=-1.0 must be"),
             (lambda m: halting(m, epsilon=float("inf")), "epsilon=inf must be a finite number"),
             (lambda m: halting(m, epsilon=float("nan")), "epsilon=nan must be a finite number"),
