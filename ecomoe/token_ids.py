@@ -79,6 +79,11 @@ def feed_token_ids(model: nn.Module, *embeddings: nn.Module) -> None:
     Raises:
         ValueError: There is no hash router, or no embedding.
     """
+    for module in (model, *embeddings):
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"{module!r} must be an nn.Module; pass the model and its embeddings themselves"
+            )
     modules = model.modules()
     routers = [
         module for module in modules if isinstance(getattr(module, "tokens", None), TokenIds)

@@ -323,6 +323,16 @@ class TestTokenIds:
             feed_token_ids(nn.Linear(2, 2), nn.Embedding(2, 2))
         with pytest.raises(ValueError, match="embeddings are missing"):
             feed_token_ids(Tagger())
+        with pytest.raises(ValueError, match="'model' must be"):
+            feed_token_ids("model", nn.Embedding(2, 2))
+
+    def test_a_refused_call_leaves_the_model_as_it_was(self):
+        model = Tagger()
+        feed_token_ids(model, model.embed)
+        want = model(IDS)
+        with pytest.raises(ValueError, match="'embed' must be"):
+            feed_token_ids(model, "embed")
+        torch.testing.assert_close(model(IDS), want)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_recomputation_reads_the_same(self, reentrant):
