@@ -460,3 +460,19 @@ def test_a_revival_that_does_not_last_is_none():
     assert lasting["revived after, % of training"] == 30
     assert lasting["revival reported by the monitor"] == 1
     assert revival(run(0.0, 0.0, 0.02, 0.0))["revived after, % of training"] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("pure", "word"),
+    [((0, 0, 1, 0), "out of reach"), ((1, 2, 2, 4), "reproduced"), ((4, 2, 2, 1), "refuted")],
+)
+def test_claim_1c_needs_pure_experts_for_a_trend(pure, word, monkeypatch):
+    monkeypatch.setattr("examples.experiments.claims.general", lambda run: {"PURE": run["pure"]})
+    runs = [
+        # Two seeds a condition: of one expert in one seed no trend is read.
+        {"name": f"E={index}", "pure": count if seed or count > 1 else 0}
+        for index, count in enumerate(map(float, pure))
+        for seed in (0, 1)
+    ]
+    judge = next(claim.judge for claim in CLAIMS if claim.label == "1c")
+    assert judge({"phase-map": {"runs": runs}}).word == word
