@@ -1,7 +1,7 @@
 """Records: what the sums of a report say, as plain data.
 
-Every number is rounded to six digits here, once, so that the log, the terminal and the plots show
-the same.
+Every number but the loss is rounded to six digits here, once, so that the log, the terminal and the
+plots show the same.
 """
 
 from __future__ import annotations
@@ -257,14 +257,14 @@ def metrics_record(outcomes: Sequence[float]) -> Record:
         return {}
     return {
         "accuracy": correct / judged,
-        "loss": rounded(losses / judged),
+        "loss": _all_digits(losses / judged),
         "judged": int(judged),
     }
 
 
 def with_loss(metrics: Record, loss: float) -> Record:
     """Return the metrics with the loss, nats, as the training loop computes it."""
-    return {**metrics, "loss": rounded(loss)}
+    return {**metrics, "loss": _all_digits(loss)}
 
 
 def control_record(control: Control, temperature: float, num_classes: int | None = None) -> Record:
@@ -362,6 +362,11 @@ def _finite(value: float) -> float | None:
     """Return the value, or ``None`` for infinity, which JSON does not know."""
     found: float | None = rounded(float(value))
     return found
+
+
+def _all_digits(value: float) -> float | None:
+    """Return all digits, for a figure that is held against the training loop's own."""
+    return value if math.isfinite(value) else None
 
 
 def rounded(value: Any) -> Any:
