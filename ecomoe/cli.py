@@ -238,7 +238,3 @@ def _print(what: Any) -> None:
         console = Console()
         # In a pipe rich takes 80 columns; markup off, for paths and names hold brackets.
         console.print(what, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

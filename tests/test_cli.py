@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -224,6 +226,13 @@ def test_help_says_the_defaults(command, defaults, capsys):
     told = " ".join(capsys.readouterr().out.split())
     for default in defaults:
         assert default in told
+
+
+def test_the_module_is_the_command(run):
+    command = [sys.executable, "-m", "ecomoe", "report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 4 eval: DEAD" in done.stdout
 
 
 def test_unknown_command():

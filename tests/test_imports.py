@@ -60,6 +60,7 @@ LAYERS = [
     },
     {"integrations.census"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
