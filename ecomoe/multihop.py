@@ -94,11 +94,20 @@ class MultiHop(nn.Module):
             nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., D)`` to the accumulated update, ``(..., D)``."""
+        """Map ``(..., D)`` to the accumulated update, ``(..., D)``.
+
+        Raises:
+            ValueError: It is in training mode within `halting`.
+        """
+        if self.halt is not None and self.training:
+            raise ValueError(
+                "a MultiHop layer is in training mode within halting, which is for inference and "
+                "would leave out nothing; call model.eval(), or train outside of halting"
+            )
         if self._loses_calls(x):
             x = x.detach().requires_grad_()
         total: Tensor
-        if self.halt is not None and not self.training:
+        if self.halt is not None:
             last = x.movedim(self.layer.features_axis, -1)
             total = self._until_halted(last.reshape(-1, last.shape[-1]), self.halt)
             total = total.view(last.shape).movedim(-1, self.layer.features_axis)
@@ -298,7 +307,8 @@ def halting(model: nn.Module, *, epsilon: float) -> Iterator[Saved]:
         What was saved, counted as the model is called.
 
     Raises:
-        ValueError: An argument breaks its rule, or the model has no such layer or is training.
+        ValueError: An argument breaks its rule, or the model has no such layer or is training. Also
+            within, where the model is called in training mode.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} must be an nn.Module; pass the model itself")
@@ -307,7 +317,8 @@ def halting(model: nn.Module, *, epsilon: float) -> Iterator[Saved]:
     if not layers:
         raise ValueError(
             f"model={type(model).__name__} holds no MultiHop layer, so no hop can be left out; "
-            "build it with ecomoe.multihop.MultiHop"
+            "convert it with ecomoe.convert(model, hops=3), or put ecomoe.multihop.MultiHop around "
+            "its layers"
         )
     if any(layer.training for layer in layers.values()):
         raise ValueError(

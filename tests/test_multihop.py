@@ -387,11 +387,22 @@ class TestHalting:
             raise KeyError
         assert torch.equal(model(x), want)
 
+    def test_training_within_is_refused(self):
+        model = build(3).eval()
+        x = torch.randn(40, 6).double()
+        with halting(model, epsilon=1e9) as saved:
+            with pytest.raises(ValueError, match=r"training mode.*within halting.*call model.eval"):
+                model.train()(x)
+            assert saved.share == 0.0
+            model.eval()(x)
+            assert saved.share > 0.0
+        model.train()(x)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (lambda m: halting(m.train(), epsilon=0.1), "training mode"),
-            (lambda m: halting(nn.Linear(2, 2), epsilon=0.1), "holds no MultiHop layer"),
+            (lambda m: halting(nn.Linear(2, 2), epsilon=0.1), r"no MultiHop.*convert\(.*hops="),
             (lambda m: halting(m.forward, epsilon=0.1), "must be an nn.Module; pass"),
             (lambda m: halting(m, epsilon=-1.0), "epsilon=-1.0 must be"),
             (lambda m: halting(m, epsilon=float("inf")), "epsilon=inf must be a finite number"),
