@@ -121,6 +121,12 @@ def test_all_pairs():
         compare_conditions({"a": FIRST}, margin=1.0)
 
 
+@pytest.mark.parametrize("conditions", [[FIRST, SECOND], [], "ab", None])
+def test_conditions_without_names_are_refused(conditions):
+    with pytest.raises(ValueError, match=r"conditions=.* must map each condition's name.* pass"):
+        compare_conditions(conditions, margin=1.0)
+
+
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     import torch

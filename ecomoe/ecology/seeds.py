@@ -119,8 +119,13 @@ def compare_conditions(
         ``equivalent``: how many pairs are.
 
     Raises:
-        ValueError: Less than two conditions, or one with fewer than two seeds.
+        ValueError: No mapping, less than two conditions, or one with fewer than two seeds.
     """
+    if not isinstance(conditions, Mapping):
+        raise ValueError(
+            f"conditions={conditions!r} must map each condition's name to its seeds' values; pass "
+            "e.g. {'wide': [3.1, 3.2], 'deep': [3.0, 3.3]}"
+        )
     if len(conditions) < 2:
         raise ValueError(f"{len(conditions)} condition to compare; give at least two")
     conditions = {name: _seeds(name, values) for name, values in conditions.items()}
