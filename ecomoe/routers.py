@@ -238,9 +238,14 @@ class CosineRouter(Router):
         d_model: Features D.
         num_experts: Experts E.
         top_k: Experts per token.
-        d_space: Dimensions of the space.
+        d_space: Dimensions of the space. Tokens fill at most D of them, whatever P is; the parts of
+            all centroids beyond do no more than weaken each expert's score, which one dimension
+            does as well. So D + 1 is the bound, or 64 in a layer that is smaller.
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
+
+    Raises:
+        ValueError: ``d_space`` is no int from 1 to the bound.
     """
 
     options: ClassVar[tuple[str, ...]] = ("d_space",)
@@ -261,6 +266,12 @@ class CosineRouter(Router):
     ) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k)
         self.d_space = arguments.size("d_space", d_space)
+        most = max(d_model + 1, 64)
+        if d_space > most:
+            raise ValueError(
+                f"d_space={d_space} must be an int from 1 to {most}: maps of d_model={d_model} "
+                f"features fill no more than {d_model} dimensions; lower d_space"
+            )
         self._declare("projection", torch.empty(d_space, d_model, device=device, dtype=dtype))
         self._declare("centroids", torch.empty(num_experts, d_space, device=device, dtype=dtype))
         # One element and not a scalar: FSDP shards no scalars.
@@ -393,16 +404,18 @@ class HashRouter(Router):
                 "converted language model. In a model of your own, or where the embedding was "
                 "replaced, call ecomoe.token_ids.feed_token_ids(model, embedding)"
             )
-        num_tokens = x_ND.shape[0] if self.part is None else self.part.num_tokens
-        if ids.numel() != num_tokens:
-            raise ValueError(
-                f"router='hash' got {ids.numel()} token ids for {num_tokens} tokens; it needs "
-                "one a token: choose another router where tokens are merged, added or left out"
-            )
         if ids.dtype not in INTEGERS:
             raise ValueError(
                 f"router='hash' got token ids of dtype {ids.dtype}, which must be integers; name "
                 "the token embedding itself to feed_token_ids"
+            )
+        num_tokens = x_ND.shape[0] if self.part is None else self.part.num_tokens
+        if ids.numel() != num_tokens:
+            raise ValueError(
+                f"router='hash' got {ids.numel()} token ids for {num_tokens} tokens and needs one "
+                "a token; call the whole model, name the embedding that receives these tokens' ids "
+                "to feed_token_ids, or choose another router where the model merges, adds or "
+                "leaves out tokens"
             )
         ids_N = ids.reshape(-1).to(x_ND.device)
         ids_M = ids_N if self.part is None else ids_N[self.part.rows_M]
@@ -468,7 +481,8 @@ def build_router(
     if unknown:
         raise ValueError(
             f"router_options={options!r} names {_listed(unknown)}, and router={name!r} takes "
-            f"{_listed(known) or 'no options'}; leave out the rest"
+            f"{_listed(known) or 'no options'}; leave out "
+            f"{_listed(unknown) if known else 'router_options'}"
         )
     return build(
         d_model,

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ecomoe
@@ -308,8 +309,18 @@ class TestTokenIds:
         with pytest.raises(ValueError, match="this call has none"):
             model(IDS)
         model.moe.router.tokens.ids = IDS
-        with pytest.raises(ValueError, match="got 7 token ids for 3 tokens"):
+        with pytest.raises(
+            ValueError, match=r"got 7 token ids for 3 tokens.*name the embedding.*or choose another"
+        ):
             model(embedded=torch.randn(3, 6))
+
+    def test_what_is_no_embedding_of_tokens_is_told_by_what_it_receives(self):
+        """A projection gets features: six numbers a token, of which none is an id."""
+        model = Tagger()
+        model.embed = nn.Linear(6, 6)
+        feed_token_ids(model, model.embed)
+        with pytest.raises(ValueError, match="must be integers; name the token embedding itself"):
+            model(torch.randn(7, 6))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
     def test_they_must_be_integers(self, dtype):
@@ -364,12 +375,37 @@ class TestBuild:
             ({"router": "cosine", "router_options": 3}, "router_options=3 must be a dict"),
             ({"router": "cosine", "router_options": {"d_space": 0}}, "d_space=0 must be an int"),
             ({"router": "cosine", "router_options": {"d_space": 2.0}}, "d_space=2.0 must be"),
-            ({"router": "hash", "router_options": {"d_space": 2}}, "takes no options"),
+            (
+                {"router": "cosine", "router_options": {"d_space": 10**15}},
+                r"d_space=10{15} must be an int from 1 to 64.* d_model=6 features.*; lower d_space",
+            ),
+            (
+                {"router": "hash", "router_options": {"d_space": 2}},
+                "takes no options; leave out router_options",
+            ),
+            (
+                {"router": "cosine", "router_options": {"d_space": 3, "d_spcae": 4}},
+                "takes 'd_space'; leave out 'd_spcae'",
+            ),
         ],
     )
     def test_wrong_arguments(self, keywords, message):
         with pytest.raises(ValueError, match=message):
             EcoMoE(6, 5, **keywords)
+
+    def test_one_dimension_more_than_the_features_is_the_last_that_counts(self):
+        with pytest.raises(ValueError, match="d_space=102 must be an int from 1 to 101"):
+            CosineRouter(100, num_experts=5, top_k=2, d_space=102)
+        wide = CosineRouter(4, num_experts=5, top_k=2, d_space=40, dtype=torch.float64)
+        enough = CosineRouter(4, num_experts=5, top_k=2, d_space=5, dtype=torch.float64)
+        with torch.no_grad():
+            basis_PD, square_DD = torch.linalg.qr(wide.projection)
+            inside_ED = F.normalize(wide.centroids) @ basis_PD
+            outside_E1 = (1 - inside_ED.square().sum(1, keepdim=True)).sqrt()
+            enough.projection.copy_(F.pad(square_DD, (0, 0, 0, 1)))
+            enough.centroids.copy_(torch.cat([inside_ED, outside_E1], 1))
+        x_ND = torch.randn(50, 4, dtype=torch.float64)
+        torch.testing.assert_close(enough.logits(x_ND), wide.logits(x_ND))
 
     def test_options_reach_the_router(self):
         layer = EcoMoE(6, 5, router="random", router_options={"d_space": 3})
