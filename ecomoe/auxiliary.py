@@ -23,7 +23,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class _Call:
         num_tokens: Its weight among the calls of a forward pass.
         read: Whether somebody took the loss.
         spent: Whether its graph is used up.
+        owner: The node of that graph which holds this; gone with the output.
     """
 
     def __init__(self, loss: Tensor, num_tokens: int) -> None:
@@ -59,6 +60,11 @@ class _Call:
         self.num_tokens = num_tokens
         self.read = False
         self.spent = False
+        self.owner: weakref.ref[Any] | None = None
+
+    def waits(self) -> bool:
+        """Return whether a backward pass may still come through the output."""
+        return not self.spent and self.owner is not None and self.owner() is not None
 
     def spend(self) -> None:
         """Let go of the graph, unless this backward pass retains it."""
@@ -142,7 +148,10 @@ class AuxiliarySlot:
         self._calls.append(weakref.ref(self._last))
         # Nothing here may save a tensor for backward: a recomputation does not come this far, and
         # checkpointing compares the numbers of tensors saved.
-        return _Own.apply(weights_NK, self._last)  # type: ignore[no-any-return]
+        owned_NK: Tensor = _Own.apply(weights_NK, self._last)
+        if owned_NK.grad_fn is not None:
+            self._last.owner = weakref.ref(owned_NK.grad_fn)
+        return owned_NK
 
     def settle(self) -> None:
         """Drop what is done with; a forward pass in training begins so, with gradients or not."""
@@ -159,6 +168,14 @@ class AuxiliarySlot:
             for reference, call in calls
             if call is not None and not call.read and not call.spent
         ]
+
+    def waits(self) -> bool:
+        """Return whether an output of the layer is known to wait for its backward pass.
+
+        It is not known of a relay's, nor in compiled or transformed functions.
+        """
+        calls = [reference() for reference in self._calls]
+        return any(call is not None and call.waits() for call in calls)
 
     def read(self, *, on_gradient: Callable[[Tensor], None] | None = None) -> Tensor | None:
         """Return the token-weighted mean over the calls that wait for their backward pass.

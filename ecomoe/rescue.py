@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ecomoe import arguments
+from ecomoe.ecology.events import Event
 from ecomoe.ecology.taxonomy import Thresholds
 from ecomoe.experts import ExpertLinear
 from ecomoe.moe import EcoMoE
 
 if TYPE_CHECKING:
-    from ecomoe.ecology.events import Event
     from ecomoe.ecology.monitor import Monitor
     from ecomoe.ecology.report import Report
 
@@ -64,6 +64,10 @@ def rescue(
     The optimizer's state of the seeded slices becomes the donor's. (Zeros would not do: Adam would
     take steps many times too long until its second moments have grown again.)
 
+    Call it where no output waits for its backward pass, as after ``optimizer.step()``: weights that
+    a graph has saved must not change under it. Where that is known, such a call is refused; else
+    autograd refuses the backward pass.
+
     The noise is drawn from a generator of its own, so that data-parallel ranks that call this with
     the same usage stay alike, and the global generators are left alone.
 
@@ -87,8 +91,9 @@ def rescue(
 
     Raises:
         ValueError: An argument breaks its rule, a layer is missing from ``usage`` or does not fit,
-            nobody in a layer lives, a layer's experts are sharded, or its router does not tell
-            which of its parameters belong to an expert. The model is as it was.
+            nobody in a layer lives, an output of it waits for its backward pass, its experts are
+            sharded, or its router does not tell which of its parameters belong to an expert. The
+            model is as it was.
 
     Example:
         >>> layer = EcoMoE(8, 8, tiers=(4,))
@@ -101,6 +106,11 @@ def rescue(
         raise ValueError(
             f"optimizer={type(optimizer).__name__} must be a torch.optim.Optimizer; pass the one "
             "that trains the model"
+        )
+    if event is not None and (not isinstance(event, Event) or event.kind != "death"):
+        raise ValueError(
+            f"event={event!r} must be an Event of kind 'death', which names layer and expert; pass "
+            "the one that Monitor(on_event=...) gave, or leave event out for all dead experts"
         )
     noise = arguments.number("noise", noise)
     limits = Thresholds.named(thresholds)
@@ -183,6 +193,18 @@ def _checked(counts: Any, *, name: str, layer: EcoMoE) -> list[float]:
 
 def _check_layer(layer: EcoMoE, name: str) -> None:
     """Refuse a layer whose experts cannot be written one by one."""
+    if next(layer.router.parameters(), None) is None:
+        raise ValueError(
+            f"the router of layer {name!r}, {type(layer.router).__name__}, learns nothing, so no "
+            "expert can be given another's tokens; choose router='linear' or another that learns, "
+            "or pass a part of the model without this layer"
+        )
+    if layer.auxiliary.waits():
+        raise ValueError(
+            f"layer {name!r} has an output that waits for backward(), which needs the weights as "
+            "they are; call rescue after backward() and optimizer.step(), and compute under "
+            "torch.no_grad() what is never trained on"
+        )
     try:
         parameters = list(expert_parameters(layer))
     except NotImplementedError as error:

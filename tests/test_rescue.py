@@ -6,6 +6,7 @@ from torch import nn
 
 import ecomoe
 from ecomoe import EcoMoE
+from ecomoe.ecology.events import Event
 from ecomoe.rescue import Rescued, expert_parameters, rescue
 from ecomoe.routers import Router
 
@@ -178,8 +179,12 @@ def test_as_an_action_of_the_monitor():
 
 
 class OwnRouter(Router):
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self.score = nn.Linear(8, self.num_experts)
+
     def logits(self, x_ND):
-        return x_ND[:, : self.num_experts]
+        return self.score(x_ND)
 
 
 def test_a_cosine_routers_row_is_its_centroid():
@@ -192,7 +197,8 @@ def test_a_cosine_routers_row_is_its_centroid():
 
 @pytest.mark.parametrize("router", ["hash", "random"])
 def test_refuses_a_router_that_learns_nothing(router):
-    with pytest.raises(ValueError, match=f"{router.capitalize()}Router"):
+    message = f"{router.capitalize()}Router, learns nothing.* choose router='linear'"
+    with pytest.raises(ValueError, match=message):
         rescue(EcoMoE(8, 8, tiers=(4,), router=router), {"": [5, 0, 9, 5]})
 
 
@@ -239,6 +245,49 @@ def test_says_so_where_nobody_lives_to_be_copied_and_changes_nothing():
         rescue(model, {"0": [5, 0, 5, 5], "1": [1] * 128}, thresholds="paper")
     for one, other in zip(model.parameters(), before, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["death", 3, Event(kind="revival", step=1, phase="train", layer="", expert=1)],
+    ids=["name", "number", "revival"],
+)
+def test_refuses_an_event_that_is_no_death(event):
+    layer = EcoMoE(8, 8, tiers=(4,))
+    with pytest.raises(
+        ValueError,
+        match=r"event=.* must be an Event of kind 'death'.*; pass .*on_event.*leave event",
+    ):
+        rescue(layer, {"": [5, 0, 5, 5]}, event=event)
+
+
+class TestBetweenForwardAndBackward:
+    @pytest.mark.parametrize("collected", [False, True])
+    def test_it_is_refused_and_the_step_goes_on(self, collected):
+        layer, x, slots = starved()
+        before = [parameter.clone() for parameter in layer.parameters()]
+        y = layer(x)
+        loss = y.square().mean() + (ecomoe.aux_loss(layer) if collected else 0)
+        with pytest.raises(ValueError, match=r"layer ''.* waits for backward.*; call rescue after"):
+            rescue(layer, {"": slots})
+        for one, other in zip(layer.parameters(), before, strict=True):
+            assert torch.equal(one, other)
+        (loss + (0 if collected else ecomoe.aux_loss(layer))).backward()
+        assert layer.experts.up_proj.weight.grad.any()
+        assert len(rescue(layer, {"": slots})) == 1
+        assert y.requires_grad  # it lives, and waits for nothing
+
+    def test_layers_that_nobody_rescues_may_wait(self):
+        layer, x, slots = starved()
+        other = EcoMoE(8, 8, tiers=(4,))
+        y = other(x)
+        assert len(rescue(nn.Sequential(layer, other), {"0": slots, "1": [5, 5, 5, 5]})) == 1
+        y.sum().backward()
+
+    def test_an_output_thrown_away_waits_for_nothing(self):
+        layer, x, slots = starved()
+        layer(x)
+        assert len(rescue(layer, {"": slots})) == 1
 
 
 def test_refuses_an_optimizer_that_is_none():
