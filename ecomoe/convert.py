@@ -85,7 +85,8 @@ def convert(
             copies plus noise. ``"partial"``: copies with a share of hidden features drawn afresh
             (Drop-Upcycling). ``"random"``: drawn afresh.
         init_amount: For noise, its standard deviation over that of the weights, 0.01 by default;
-            for partial, the share of hidden features drawn afresh, 0.5 by default.
+            for partial, the share of hidden features drawn afresh, 0.5 by default; for random, how
+            far experts differ, 1 by default: what `EcoMoE` calls ``spread``.
         expert_width: Hidden features of an expert over those of the dense block. Below 1 the
             experts are pieces of the block: the output equals the dense one in expectation only.
         oracle_weight: See `EcoMoE`.
@@ -397,7 +398,7 @@ def _check_init(init: object, amount: object) -> float:
             f"init_amount={amount!r} has no effect with init={init!r}; leave it out, or choose "
             f"init={' or '.join(repr(name) for name in DEFAULT_AMOUNTS)}"
         )
-    most = 1.0 if init == "partial" else arguments.LARGEST
+    most = arguments.LARGEST if init == "noise" else 1.0
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= most:
         raise ValueError(
             f"init_amount={amount!r} must be a number from 0 to {most:g} with init={init!r}; "

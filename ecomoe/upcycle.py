@@ -6,6 +6,7 @@ expert, F output features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -20,7 +21,7 @@ Init = Literal["upcycle", "noise", "partial", "random"]
 INITS: tuple[str, ...] = get_args(Init)
 
 # What `amount` means, and is by default, where an init takes one.
-DEFAULT_AMOUNTS = {"noise": 0.01, "partial": 0.5}
+DEFAULT_AMOUNTS = {"noise": 0.01, "partial": 0.5, "random": 1.0}
 
 
 class Projection(NamedTuple):
@@ -161,7 +162,8 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
             al. 2025, arXiv:2502.19261). ``"random"`` draws all, with the deviation of the block's
             weights around 0: a block that was just initialised is initialised anew.
         amount: For noise, its standard deviation over that of the weights; for partial, the share
-            of hidden features drawn afresh, in [0, 1]. Else without effect.
+            of hidden features drawn afresh, in [0, 1]; for random, how far experts differ, as
+            `ecomoe.experts.ExpertLinear` has its ``spread``, in [0, 1]. Else without effect.
     """
     sources = [p for p in (ffn.gate, ffn.up) if p is not None]
     first, down = _projections(experts)
@@ -174,7 +176,7 @@ def fill_experts(experts: Experts, ffn: DenseFFN, *, init: Init, amount: float) 
         if proj.bias is not None:
             proj.bias.requires_grad_(any(source.bias_trainable for source in dense))
         if init == "random":
-            _draw_all(proj, dense)
+            _draw_all(proj, dense, amount)
     if init == "random":
         return
     num_experts, _, width = down.weight.shape
@@ -228,13 +230,21 @@ def _copy_rows(
         first.bias[expert].copy_(torch.cat(biases))
 
 
-def _draw_all(proj: ExpertLinear, sources: list[Projection]) -> None:
+def _draw_all(proj: ExpertLinear, sources: list[Projection], spread: float) -> None:
     for rows, source in zip(proj.weight.chunk(len(sources), dim=1), sources, strict=True):
-        rows.copy_(torch.randn_like(rows) * source.weight.std())
+        rows.copy_(_apart(rows, spread) * source.weight.std())
     if proj.bias is not None:
         for rows, source in zip(proj.bias.chunk(len(sources), dim=1), sources, strict=True):
             deviation = 0.0 if source.bias is None else source.bias.std()
-            rows.copy_(torch.randn_like(rows) * deviation)
+            rows.copy_(_apart(rows, spread) * deviation)
+
+
+def _apart(like: Tensor, spread: float) -> Tensor:
+    """Draw normal values of deviation 1 that differ along the first axis by ``spread``."""
+    drawn = torch.randn_like(like)
+    if spread < 1.0:
+        drawn = drawn * spread + torch.randn_like(like[:1]) * math.sqrt(1 - spread**2)
+    return drawn
 
 
 def _add_noise(proj: ExpertLinear, amount: float) -> None:

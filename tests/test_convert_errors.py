@@ -39,6 +39,7 @@ from timm.layers.mlp import ConvMlp, GlobalResponseNormMlp, Mlp  # noqa: E402
         ({"init": ["upcycle"]}, "init="),
         ({"init_amount": 0.1}, "init_amount=0.1 has no effect"),
         ({"init": "partial", "init_amount": 1.5}, "init_amount=1.5 must be a number from 0 to 1"),
+        ({"init": "random", "init_amount": 1.5}, "init_amount=1.5 must be a number from 0 to 1"),
         ({"init": "noise", "init_amount": -1}, "init_amount=-1"),
         ({"expert_width": 0}, "expert_width=0"),
         ({"expert_width": float("inf")}, "expert_width=inf"),

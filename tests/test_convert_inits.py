@@ -67,6 +67,19 @@ def test_random_forgets_the_block_and_upcycle_draws_no_expert():
     )
 
 
+def test_experts_drawn_anew_differ_by_the_amount():
+    """As those of `EcoMoE(spread=...)` do, in weights and biases."""
+    for amount in (0.0, 0.1):
+        dense, layer = converted("random", init_amount=amount)
+        for name in ("weight", "bias"):
+            drawn = getattr(layer.experts.up_proj, name).reshape(16, -1)
+            want = getattr(dense.fc1, name).std().item()
+            assert drawn.std(1).mean().item() == pytest.approx(want, rel=0.3)
+            # The deviation among 16 around their mean.
+            apart = (drawn - drawn.mean(0)).square().sum(0).div(15).mean().sqrt().item()
+            assert apart == pytest.approx(amount * want, rel=0.15, abs=1e-6)
+
+
 @pytest.mark.parametrize("width", [1.5, 2, 3.25])
 def test_wider_experts_compute_the_same(width):
     torch.manual_seed(0)
