@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.experiments.data import Library
-from examples.experiments.records import SCALES
+from examples.experiments.records import SCALES, SMOKE, SMOKE_SAID
 from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.runner import run_experiment
 
@@ -100,6 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
             except ValueError as error:
                 parser.error(str(error))
             console.print(f"{name}: {path}")
+        if options.scale == SMOKE:
+            console.print(SMOKE_SAID)
     elif options.command == "report":
         from examples.experiments.report import read_results, report_tables, write_html
 

@@ -137,7 +137,8 @@ def run(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    from examples.experiments.equifinality_table import tables, write_plot
+    from examples.experiments.equifinality_plot import write_plot
+    from examples.experiments.equifinality_table import tables
 
     parser = argparse.ArgumentParser(
         prog="python -m examples.experiments.equifinality", description=__doc__.split("\n")[0]

@@ -1,4 +1,4 @@
-"""Tables, plots and verdicts of the equifinality paper's experiments. Pure functions on the JSON.
+"""Tables and verdicts of the equifinality paper's experiments. Pure functions on the JSON.
 
 A verdict follows from the numbers by the rules in `verdicts`. The margin is 3 % of the perplexity
 of cosine 1x12, as the paper's 1 of about 34 is.
@@ -6,19 +6,17 @@ of cosine 1x12, as the paper's 1 of about 34 is.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ecomoe.ecology.alignment import pareto_front
 from ecomoe.ecology.seeds import MeanEquivalence, compare_conditions, mean_equivalence
 from examples.experiments.analysis import spread
 from examples.experiments.claims import Verdict
 from examples.experiments.measure import Record
+from examples.experiments.records import SMOKE, SMOKE_SAID
 from examples.experiments.topologies import DEEP, DEPTH_PAIRS, FIVE, WIDE
 
 MARGIN = 0.03
@@ -198,8 +196,13 @@ ALIGNMENT_HEADINGS = ("variant", "Jaccard", "by chance", "W_up cosine", "by chan
 
 def _parts(content: Record, margin: float | None) -> Iterator[tuple[str, Sequence[str], Rows]]:
     within = margin_of(content, margin)
-    yield "Variants", VARIANT_HEADINGS, variant_rows(content)
-    if content["seeds"] > 1:
+    smoke = content["equifinality"] == SMOKE
+    yield (
+        f"Variants. {SMOKE_SAID}" if smoke else "Variants",
+        VARIANT_HEADINGS,
+        variant_rows(content),
+    )
+    if content["seeds"] > 1 and not smoke:
         title = f"Every pair, equivalent within {within:.3f} PPL (TOST, alpha 0.05)"
         yield title, PAIR_HEADINGS, pair_rows(content, margin)
         yield "Depth over the training", DEPTH_HEADINGS, depth_rows(content)
@@ -217,20 +220,25 @@ def tables(content: Record, *, margin: float | None = None) -> Iterator[Table]:
         for row in rows:
             table.add_row(*row)
         yield table
-    table = Table(title="The paper's claims")
-    for heading in ("claim", "verdict", "what we measured"):
-        table.add_column(heading)
-    for claim, verdict in verdicts(content):
-        table.add_row(claim, verdict.word, verdict.why)
-    yield table
+    decided = verdicts(content)
+    if decided:
+        table = Table(title="The paper's claims")
+        for heading in ("claim", "verdict", "what we measured"):
+            table.add_column(heading)
+        for claim, verdict in decided:
+            table.add_row(claim, verdict.word, verdict.why)
+        yield table
 
 
 # --- verdicts -----------------------------------------------------------------------------------
 
 
 def verdicts(content: Record) -> list[tuple[str, Verdict]]:
-    """Return the paper's claims with what the numbers say of them; needs two seeds or more."""
-    if content["seeds"] < 2:
+    """Return the paper's claims with what the numbers say of them.
+
+    None with less than two seeds, and none of runs that are too short to say anything.
+    """
+    if content["seeds"] < 2 or content["equifinality"] == SMOKE:
         return []
     depth = ("The advantage of depth is one of underfitting", _depth(content))
     if not set(FIVE) <= groups(content).keys():
@@ -400,48 +408,12 @@ def section(content: Record) -> str:
         "the layer's 0.03: the paper prints none, and what is compared is the topology, so they "
         "are to decide as little as they can. `--strength` sets another.",
         f"\n    {content['command']}\n",
-        "| claim | verdict | what we measured |",
-        "|---|---|---|",
     ]
-    lines += [f"| {claim} | **{found.word}** | {found.why} |" for claim, found in verdicts(content)]
+    decided = verdicts(content)
+    if decided:
+        lines += ["| claim | verdict | what we measured |", "|---|---|---|"]
+    lines += [f"| {claim} | **{found.word}** | {found.why} |" for claim, found in decided]
     for title, headings, rows in _parts(content, None):
         lines += [f"\n{title}:\n", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def write_plot(content: Record, path: Path, *, light: bool = True) -> Path:
-    """Write the training curves and the Pareto curve of halting into one HTML file.
-
-    ``light`` leaves the plotting library out (5 MB); the file then needs a network to be read.
-    """
-    import plotly.graph_objects as go
-
-    curves, pareto = go.Figure(), go.Figure()
-    for name, runs in groups(content).items():
-        for run in runs:
-            percents, losses = zip(*run["history"], strict=True)
-            label = f"{name}, seed {run['seed']}"
-            curves.add_scatter(x=percents, y=losses, name=label, legendgroup=name)
-            if "halting" not in run:
-                continue
-            points = [(0.0, 0.0)] + [
-                (100 * point["saved"], 100 * halting_cost(run, point))
-                for point in (*run["halting"]["curve"], run["halting"]["at_goal"])
-            ]
-            points.sort()
-            x, y = zip(*points, strict=True)
-            pareto.add_scatter(x=x, y=y, name=label, legendgroup=name)
-            front = pareto_front((100 - saved, cost) for saved, cost in points)
-            x, y = zip(*((100 - cost, rise) for cost, rise in front), strict=True)
-            pareto.add_scatter(x=x, y=y, mode="markers", showlegend=False, legendgroup=name)
-    curves.update_layout(xaxis_title="training, %", yaxis_title="loss, nats")
-    pareto.update_layout(xaxis_title="FLOPs saved, %", yaxis_title="rise in perplexity, %")
-    parts = ["<!doctype html><meta charset='utf-8'><title>Equifinality</title>"]
-    for index, (title, figure) in enumerate((("Training", curves), ("Halting", pareto))):
-        parts.append(f"<h2>{html.escape(title)}</h2>")
-        script = ("cdn" if light else True) if index == 0 else False
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=script))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts))
-    return path

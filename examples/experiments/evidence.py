@@ -13,7 +13,7 @@ from examples.experiments.claims import CLAIMS, FIRST_VERSION, Claim, Results, V
 from examples.experiments.equifinality_table import section
 from examples.experiments.figures import SPECIAL, by_condition, general, predictions
 from examples.experiments.measure import Record
-from examples.experiments.records import SCALES
+from examples.experiments.records import SCALES, SMOKE
 from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.report import plus_minus, read_results
 from examples.experiments.storage import read_json
@@ -107,9 +107,13 @@ def _verdicts(found: Results) -> str:
 
 
 def _verdict(claim: Claim, found: Results) -> Verdict:
+    smoke = any(name in found for name in claim.needs)
+    found = {name: content for name, content in found.items() if content["scale"] != SMOKE}
     lacking = missing(claim, found)
     if len(lacking) == len(claim.needs):
-        return Verdict("not yet run", ", ".join(f"`{name}`" for name in lacking))
+        why = ", ".join(f"`{name}`" for name in lacking)
+        only = f" at `{SMOKE}` only, which shows no more than that the code runs"
+        return Verdict("not yet run", why + (only if smoke else ""))
     word, why = claim.judge(found)
     if all(_seeds(found[name]) == 1 for name in claim.needs if name in found):
         why += " One seed."

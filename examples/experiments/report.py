@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from examples.experiments.figures import (
     scores,
 )
 from examples.experiments.measure import Record
+from examples.experiments.records import SMOKE, SMOKE_SAID
 from examples.experiments.storage import read_json
 
 MOST_SIDE_BY_SIDE = 6
@@ -60,7 +61,8 @@ def report_tables(results: list[Record]) -> Iterator[Table]:
             for name, group in rows.items()
         }
         said = "The paper" if result["paper"] else "Asked"
-        table = Table(title=title, caption=f"{said}: {result['claim']}")
+        caption = SMOKE_SAID if result["scale"] == SMOKE else f"{said}: {result['claim']}"
+        table = Table(title=title, caption=caption)
         if len(rows) <= MOST_SIDE_BY_SIDE:
             for heading in ("", *rows):
                 table.add_column(heading)
@@ -77,7 +79,8 @@ def report_tables(results: list[Record]) -> Iterator[Table]:
 
 def _prediction_table(result: Record, title: str) -> Table:
     runs = result["runs"]
-    table = Table(title=title, caption=f"Asked: {result['claim']}")
+    caption = SMOKE_SAID if result["scale"] == SMOKE else f"Asked: {result['claim']}"
+    table = Table(title=title, caption=caption)
     for heading in ("predictor", "AUC of DEAD top1 = 0", "95 %", "AUC of DEAD topk = 0", "95 %"):
         table.add_column(heading)
     pairs = zip(predictions(result), predictions(result, basis="topk"), strict=True)
@@ -165,10 +168,15 @@ def write_html(results: list[Record], path: Path, *, light: bool = False) -> Pat
         path: The file.
         light: Leave the plotting library out (5 MB); the file then needs a network to be read.
     """
+    return write_page("Experiments", plots(results), path, light=light)
+
+
+def write_page(title: str, figures: Iterable[tuple[str, Any]], path: Path, *, light: bool) -> Path:
+    """Write titled plotly figures into one HTML file, as `write_html` does."""
     library = "cdn" if light else True
-    parts = ["<!doctype html><meta charset='utf-8'><title>Experiments</title><h1>Experiments</h1>"]
-    for index, (title, figure) in enumerate(plots(results)):
-        parts.append(f"<h2>{html.escape(title)}</h2>")
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1>"]
+    for index, (heading, figure) in enumerate(figures):
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
         script = library if index == 0 else False
         parts.append(figure.to_html(full_html=False, include_plotlyjs=script))
     path.parent.mkdir(parents=True, exist_ok=True)
