@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from examples.experiments.protocol import Batches, ForcedDeath, moved, steps_at,
 from examples.experiments.records import SCALES
 from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.runner import build_model, run_experiment, run_folder, run_setting
+from examples.experiments.topologies import VARIANTS
 
 SMOKE = SCALES["smoke"]
 MOST = 6  # conditions of an entry; all but the largest have fewer
@@ -126,6 +128,36 @@ def test_a_run_that_is_done_is_not_done_again(library, tmp_path):
     assert run_folder(tmp_path, setting, SMOKE, samples, 1) != folder
     second = run_setting(setting, SMOKE, samples, seed=0, folder=again)
     assert second["wall_seconds"] == first["wall_seconds"]
+
+
+def test_a_changed_default_is_another_run(library, monkeypatch):
+    settings = [
+        EXPERIMENTS["low-e"].settings[0],  # with the paper's strength, router and spread
+        next(setting for setting in EXPERIMENTS["promise"].settings if setting.strength is None),
+        VARIANTS[0],
+    ]
+
+    def folders():
+        return [run_folder(Path(), s, SMOKE, library.get(s.data), 0) for s in settings]
+
+    def changed():
+        return [one != other for one, other in zip(folders(), before, strict=True)]
+
+    before = folders()
+    for name, value, expected in (
+        ("z_weight", 0.1, [True, True, True]),
+        ("strength", 0.5, [False, True, False]),
+        ("router", "mlp", [False, True, False]),
+        ("top_k", 3, [True, True, False]),
+        ("target_e", 0.9, [False, False, False]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(EcoMoE.__init__.__kwdefaults__, name, value)
+            assert changed() == expected, name
+    with monkeypatch.context() as patch:
+        patch.setattr("ecomoe.moe.STARVATION_WEIGHT", 0.5)
+        assert changed() == [False, True, True]
+    assert not any(changed())
 
 
 def test_paper_scale_is_the_papers_architecture():
@@ -339,6 +371,15 @@ def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monke
     monkeypatch.setenv("COLUMNS", "200")
     page, plots = tmp_path / "evidence.md", tmp_path / "report.html"
     main(["evidence", "--results", str(out / "results"), "--to", str(page)])
+    text = page.read_text()
+    assert text.count("| **not yet run** |") == len(CLAIMS) + len(FIRST_VERSION)
+    assert text.count("at `smoke` only, which shows no more than that the code runs") == len(CLAIMS)
+    # The rules, on what smoke wrote.
+    (tmp_path / "small").mkdir()
+    for path in (out / "results").glob("*.json"):
+        small = path.read_text().replace('"scale":"smoke"', '"scale":"small"')
+        (tmp_path / "small" / path.name).write_text(small)
+    main(["evidence", "--results", str(tmp_path / "small"), "--to", str(page)])
     text = page.read_text()
     open_claims = [line for line in text.splitlines() if "| **not yet run** |" in line]
     # One needs more class counts than six conditions hold, one needs seeds.

@@ -7,6 +7,7 @@ never done again.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecomoe
-from ecomoe import EcoMoE
+from ecomoe import EcoMoE, moe
 from ecomoe.schedule import Schedule
 from examples.experiments.data import Library, Samples
 from examples.experiments.measure import Record, evaluate, temperature_scan
@@ -52,21 +53,7 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
     """Return the architecture of section 3.1 at the size of a scale."""
     if isinstance(setting, Topology):
         return setting.build(scale, samples)
-    control = setting.control
-    common: dict[str, Any] = {
-        "tiers": setting.tiers,
-        "target_e": control.e,
-        "temperature": control.temperature,
-        "oracle_weight": control.oracle_weight,
-        "balance_weight": control.balance_weight,
-        "ortho_weight": setting.ortho_weight,
-        "oracle": setting.oracle,
-        "warmup_fraction": setting.warmup,
-    }
-    if setting.strength is not None:
-        common |= {"strength": setting.strength, "router": "mlp", "spread": 1.0}
-    if setting.spread is not None:
-        common["spread"] = setting.spread
+    common = layer_arguments(setting)
     if samples.kind == "language":
         return GPT(
             vocabulary=samples.classes,
@@ -84,6 +71,43 @@ def build_model(setting: Setting, scale: Scale, samples: Samples) -> nn.Module:
     )
     head = EcoMoE(scale.features, None, num_classes=samples.classes, **common)
     return Classifier(encoder, _as_set(head, setting))
+
+
+def layer_arguments(setting: Setting) -> dict[str, Any]:
+    """Return what a setting says of its layers."""
+    control = setting.control
+    given: dict[str, Any] = {
+        "tiers": setting.tiers,
+        "target_e": control.e,
+        "temperature": control.temperature,
+        "oracle_weight": control.oracle_weight,
+        "balance_weight": control.balance_weight,
+        "ortho_weight": setting.ortho_weight,
+        "oracle": setting.oracle,
+        "warmup_fraction": setting.warmup,
+    }
+    if setting.strength is not None:
+        given |= {"strength": setting.strength, "router": "mlp", "spread": 1.0}
+    if setting.spread is not None:
+        given["spread"] = setting.spread
+    return given
+
+
+def layer_defaults(setting: Setting, scale: Scale) -> Record:
+    """Return what the layer decides where a setting says nothing: changed, it is another run."""
+    topology = isinstance(setting, Topology)
+    given = setting.layer_arguments(scale.width) if topology else layer_arguments(setting)
+    found = {
+        name: parameter.default
+        for name, parameter in inspect.signature(EcoMoE).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in given
+    }
+    if topology or setting.strength is None:
+        found |= {
+            "usage_floor": setting.control.usage_floor,
+            "starvation": (moe.STARVATION_WEIGHT, moe.SUSTAIN_AT_START),
+        }
+    return found
 
 
 def _as_set(layer: EcoMoE, setting: Setting) -> EcoMoE:
@@ -223,8 +247,8 @@ def _plain(setting: Setting) -> Record:
 
 def run_folder(out: Path, setting: Setting, scale: Scale, samples: Samples, seed: int) -> Path:
     """Return where a run lives: the same for every experiment that needs it."""
-    what = asdict(replace(setting, name=""))
-    identity = json.dumps([what, asdict(scale), seed, samples.name, len(samples.train[0])])
+    what = asdict(replace(setting, name="")), layer_defaults(setting, scale)
+    identity = json.dumps([*what, asdict(scale), seed, samples.name, len(samples.train[0])])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return out / "runs" / f"{scale.name}-{setting.data}-{digest}"
 

@@ -119,36 +119,36 @@ class Topology(Setting):
     scaled: bool = False
     dense: str | None = None
 
-    def build_ffn(self, width: int) -> nn.Module:
-        """Return what stands in the place of a block's FFN."""
-        experts, space = 2 * width, max(width // 8, 2)
-        common: dict[str, Any] = {
+    def layer_arguments(self, width: int) -> dict[str, Any]:
+        """Return what the variant says of its layers."""
+        given: dict[str, Any] = {
             "target_e": self.control.e,
             "temperature": self.control.temperature,
             "balance_weight": self.control.balance_weight,
             "bias": False,
             "spread": 1.0,
         }
-        strength = {} if self.strength is None else {"strength": self.strength}
         if self.dense is not None:
-            routing = space * (width + experts)
-            parameters = experts + round(routing / (2 * width))
-            hidden = BUDGET if self.dense == "flops" else parameters
-            return EcoMoE(
-                width, hidden, tiers=(1,), top_k=1, router="linear", strength=0.0, **common
-            )
-        count = max(experts // self.rank, self.top_k)
-        options = {"d_space": space} if self.router in ("cosine", "random") else None
-        layer = EcoMoE(
-            width,
-            self.rank,
-            tiers=(count,),
-            top_k=self.top_k,
-            router=self.router,
-            router_options=options,
-            **common,
-            **strength,
-        )
+            return given | {"tiers": (1,), "top_k": 1, "router": "linear", "strength": 0.0}
+        given |= {
+            "tiers": (max(2 * width // self.rank, self.top_k),),
+            "top_k": self.top_k,
+            "router": self.router,
+        }
+        if self.router in ("cosine", "random"):
+            given["router_options"] = {"d_space": _space(width)}
+        if self.strength is not None:
+            given["strength"] = self.strength
+        return given
+
+    def build_ffn(self, width: int) -> nn.Module:
+        """Return what stands in the place of a block's FFN."""
+        given = self.layer_arguments(width)
+        if self.dense is not None:
+            routing = _space(width) * 3 * width
+            parameters = 2 * width + round(routing / (2 * width))
+            return EcoMoE(width, BUDGET if self.dense == "flops" else parameters, **given)
+        layer = EcoMoE(width, self.rank, **given)
         if self.static:
             make_static(layer)
         return MultiHop(layer, hops=self.hops, learned_scale=self.scaled)
@@ -193,6 +193,10 @@ class Topology(Setting):
                 {"experts": weights, "embed": model.embed.weight.detach().cpu()}, kept(folder)
             )
         return found
+
+
+def _space(width: int) -> int:
+    return max(width // 8, 2)
 
 
 def _variants() -> tuple[Topology, ...]:
