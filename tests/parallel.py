@@ -86,7 +86,7 @@ class Case(NamedTuple):
     reduce: bool = True
     idle: tuple = ()  # experts that no token of any rank chooses
     checkpointing: bool | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float64
 
 
 def batch(case, scale=1.0):
@@ -112,7 +112,8 @@ def backward(case, model, x, *, num_tokens, factor=1.0):
     if relay:
         relay.watch(model)
     y = model(x)
-    loss = y.float().square().sum() * (factor / num_tokens)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    loss = y.to(wide).square().sum() * (factor / num_tokens)
     if relay:
         relay.attach(loss)
     else:
@@ -293,7 +294,8 @@ def run_fsdp_alone(how, zero_output):
 
 def run_mixed_precision():
     """Routers that are units of their own, in fp32, inside a model that computes in bf16."""
-    model = build(Case())
+    case = Case(dtype=torch.float32)
+    model = build(case)
     seen = {}
     for block in model.blocks:
         fully_shard(block.moe.router)
@@ -305,7 +307,7 @@ def run_mixed_precision():
         )
         block.moe.experts.register_forward_hook(lambda *hook: seen.update(experts=hook[-1].dtype))
     fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    y = model(batch(Case()))
+    y = model(batch(case))
     (y.square().mean() + ecomoe.aux_loss(model)).backward()
     return seen
 
@@ -313,7 +315,7 @@ def run_mixed_precision():
 def run_layer(arguments, classes, tokens):
     """One layer of any kind, experts sharded, beside one process; return the largest error."""
     rank = distributed.get_rank()
-    alone = ecomoe.EcoMoE(8, tiers=(2, 1, 1), **arguments)
+    alone = ecomoe.EcoMoE(8, tiers=(2, 1, 1), **arguments).double()
     layer = copy.deepcopy(alone)
     parallelize_module(layer, mesh(), ExpertParallel())
     reduce_losses(layer)
