@@ -28,8 +28,8 @@ from ecomoe.distributed import reduce_losses
 # Errors are relative to the largest magnitude of a tensor. What differs from one process is the
 # order of sums, so what can be is compared in fp64: up to 65 roundings of 2^-53 were seen. In fp32
 # (2^-24 each) 5 of a fresh linear router's were, where either side is up to 6 from fp64. Others
-# amplify them: a cosine router's scores by scale / T, by which either side alone is up to 15 off. In
-# bf16 (2^-8 each) a gradient is a sum of two ranks' roundings instead of one.
+# amplify them: a cosine router's scores by scale / T, whereby either side alone is up to 15 off.
+# In bf16 (2^-8 each) a gradient is a sum of two ranks' roundings instead of one.
 FP64 = 1e-14
 FP32 = 8e-7
 BF16 = 4 * 2**-8
