@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_convert_routers import converted
+from test_convert_routers import converted, train
 
 import ecomoe
 from ecomoe.multihop import MultiHop, halting
@@ -79,16 +79,7 @@ def test_a_model_of_timm_comes_back(tmp_path):
 
 @pytest.mark.parametrize("router", ["linear", "cosine", "hash"])
 def test_trains(router):
-    model = converted(router, hops=3).train()
-    inputs = inputs_for(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(8):
-        task = model(**inputs, labels=inputs["input_ids"]).loss
-        (task + ecomoe.aux_loss(model)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(task.item())
+    losses = train(converted(router, hops=3))
     assert losses[-1] < losses[0] - 0.05
 
 

@@ -15,6 +15,7 @@ import ecomoe
 from ecomoe.ecology import transfer, watch
 from ecomoe.ecology.sinks import read_records
 from ecomoe.ecology.taxonomy import Thresholds
+from ecomoe.ecology.traffic import known_of
 from tests.benchmarks.monitor import bytes_held
 
 STEPS = 12
@@ -483,8 +484,8 @@ def test_masks_on_another_device_are_brought_along():
         traffic.masks = {"": torch.ones(3, dtype=torch.bool)}
         traffic.buckets = {"": torch.ones(3, dtype=torch.int64)}
         meta = torch.device("meta")
-        assert traffic.valid(3, device=meta).device == meta
-        assert traffic.buckets_of(3, device=meta).device == meta
+        for known in (traffic.masks, traffic.buckets):
+            assert known_of(known, 3, device=meta).device == meta
 
 
 def test_step_by_hand():

@@ -10,6 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ecomoe.routers import Part
+
+
+class Seen(NamedTuple):
+    """First choices of one evaluation call, kept until its labels are known; small integers."""
+
+    first_N: Tensor
+    predicted_N: Tensor | None
+    valid_N: Tensor | None
+
+
+def seen_in_place(first_M: Tensor, judged_M: Tensor | None, part: Part | None) -> Seen:
+    """Put the first choices of a part of the tokens where predictions of all will look for them."""
+    if part is None:
+        return Seen(first_M, None, judged_M)
+    first_N = first_M.new_zeros(part.num_tokens)
+    first_N[part.rows_M] = first_M
+    judged_N = torch.zeros_like(first_N, dtype=torch.bool)
+    judged_N[part.rows_M] = True if judged_M is None else judged_M
+    return Seen(first_N, None, judged_N)
+
 
 class Outcomes(NamedTuple):
     """What is known about M predictions, one per sample or one per token.

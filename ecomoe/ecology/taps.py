@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ecomoe.control import Control
 from ecomoe.ecology import lockdown, redundancy, statistics
-from ecomoe.ecology.outcomes import Outcomes
+from ecomoe.ecology.outcomes import Outcomes, Seen, seen_in_place
 from ecomoe.ecology.statistics import LabelKind, Layout
-from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic, recomputing
+from ecomoe.ecology.traffic import PHASES, Phase, RootTap, Traffic, known_of, recomputing
 from ecomoe.hooks import ForwardHook
 from ecomoe.routers import Part
 
@@ -48,25 +48,6 @@ class Decision(NamedTuple):
     probs_NE: Tensor | None = None
     temperature: Tensor | float = 1.0
     kept_NK: Tensor | None = None
-
-
-class Seen(NamedTuple):
-    """First choices of one evaluation call, kept until its labels are known; small integers."""
-
-    first_N: Tensor
-    predicted_N: Tensor | None
-    valid_N: Tensor | None
-
-
-def seen_in_place(first_M: Tensor, judged_M: Tensor | None, part: Part | None) -> Seen:
-    """Put the first choices of a part of the tokens where predictions of all will look for them."""
-    if part is None:
-        return Seen(first_M, None, judged_M)
-    first_N = first_M.new_zeros(part.num_tokens)
-    first_N[part.rows_M] = first_M
-    judged_N = torch.zeros_like(first_N, dtype=torch.bool)
-    judged_N[part.rows_M] = True if judged_M is None else judged_M
-    return Seen(first_N, None, judged_N)
 
 
 class Probe(NamedTuple):
@@ -220,8 +201,7 @@ class LayerTap:
             self.allocate(ids_NK.device)
         self.top_k = ids_NK.shape[1]
         phase = self.traffic.phase_of(module)
-        where: dict[str, Any] = {"device": ids_NK.device, "side": self.side, "part": self.part()}
-        valid_N = self.traffic.valid(ids_NK.shape[0], **where)
+        valid_N = self._known(self.traffic.masks, ids_NK)
         with torch.no_grad(), torch.autocast(ids_NK.device.type, enabled=False):
             parts = statistics.routing_counts(
                 ids_NK,
@@ -255,7 +235,7 @@ class LayerTap:
                 seen_N = first_N.to(self.id_dtype)
                 self.seen.append(seen_in_place(seen_N, judged_N, self.part()))
                 self._note_choices(ids_NK, valid_N)
-                buckets_N = self.traffic.buckets_of(ids_NK.shape[0], **where)
+                buckets_N = self._known(self.traffic.buckets, ids_NK)
                 if buckets_N is not None:
                     self._count_labels(
                         "token", first_N, buckets_N, judged_N, num_labels=self.traffic.token_buckets
@@ -265,13 +245,15 @@ class LayerTap:
         """Return which of the model's tokens the call has, if not all."""
         return None
 
+    def _known(self, by_side: dict[str, Tensor], tokens_ND: Tensor) -> Tensor | None:
+        num_tokens, device = tokens_ND.shape[0], tokens_ND.device
+        return known_of(by_side, num_tokens, device=device, side=self.side, part=self.part())
+
     def _note_choices(self, ids_NK: Tensor, valid_N: Tensor | None) -> None:
         if self.probe is not None or self.traffic.data is None or not self.traffic.inside:
             return
         rows_M = lockdown.probe_rows(ids_NK.shape[0], device=ids_NK.device)
-        valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
-        if valid_N is not None:
-            valid_M = valid_M & valid_N[rows_M]
+        valid_M = _once_each(rows_M, valid_N)
         data = self.traffic.data.to(ids_NK.device)
         self.probe = Probe(data, valid_M, ids_NK[rows_M].to(self.id_dtype))
 
@@ -301,10 +283,7 @@ class LayerTap:
         rows_M = lockdown.probe_rows(
             x_ND.shape[0], device=x_ND.device, num_probes=redundancy.NUM_PROBES
         )
-        valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
-        valid_N = self.traffic.valid(x_ND.shape[0], device=x_ND.device, side=self.side)
-        if valid_N is not None:
-            valid_M = valid_M & valid_N[rows_M]
+        valid_M = _once_each(rows_M, self._known(self.traffic.masks, x_ND))
         with torch.no_grad():
             outputs_MEF, trusted = outputs_of(x_ND.detach()[rows_M], rows_M)
             with torch.autocast(x_ND.device.type, enabled=False):
@@ -330,7 +309,7 @@ class LayerTap:
         """Add the slots as the experts received them, to compare with the router's decisions."""
         if recomputing() or ids_NK.shape[0] == 0 or not self.sums:
             return
-        valid_N = self.traffic.valid(ids_NK.shape[0], device=ids_NK.device, side=self.side)
+        valid_N = self._known(self.traffic.masks, ids_NK)
         phase = self.traffic.phase_of(module)
         with torch.no_grad():
             ones_NK = torch.ones_like(ids_NK, dtype=self.sums["train"].dtype)
@@ -414,6 +393,12 @@ class LayerTap:
         cells_N = first_N * num_labels + torch.where(known_N, labels_N, 0)
         counts = statistics.sum_by(cells_N, known_N.int(), size=self.labels[kind].numel())
         self.labels[kind].add_(counts.view(shape))
+
+
+def _once_each(rows_M: Tensor, valid_N: Tensor | None) -> Tensor:
+    """Return which of ascending rows are no padding and not there already, ``(M,)``."""
+    valid_M = torch.diff(rows_M, prepend=rows_M.new_full((1,), -1)) > 0
+    return valid_M if valid_N is None else valid_M & valid_N[rows_M]
 
 
 def _can_be_probed(experts: nn.Module) -> bool:

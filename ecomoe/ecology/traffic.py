@@ -101,41 +101,30 @@ class Traffic:
             return self.phase
         return "train" if module.training else "eval"
 
-    def valid(
-        self,
-        num_tokens: int,
-        *,
-        device: torch.device,
-        side: str = "",
-        part: Part | None = None,
-    ) -> Tensor | None:
-        """Return which of a layer's tokens are not padding, ``(N,)``, or ``None`` if unknown.
 
-        ``part`` says which they are, where a layer is not given all of the model's.
-        """
-        return _of_length(self.masks, num_tokens, device=device, side=side, part=part)
-
-    def buckets_of(
-        self,
-        num_tokens: int,
-        *,
-        device: torch.device,
-        side: str = "",
-        part: Part | None = None,
-    ) -> Tensor | None:
-        """Return the buckets of a layer's tokens, ``(N,)``, or ``None`` if unknown."""
-        return _of_length(self.buckets, num_tokens, device=device, side=side, part=part)
-
-
-def _of_length(
-    by_side: dict[str, Tensor], length: int, *, device: torch.device, side: str, part: Part | None
+def known_of(
+    by_side: dict[str, Tensor],
+    num_tokens: int,
+    *,
+    device: torch.device,
+    side: str = "",
+    part: Part | None = None,
 ) -> Tensor | None:
+    """Return what is known of each of a layer's tokens, ``(N,)``, or ``None`` if nothing is.
+
+    Args:
+        by_side: `Traffic.masks` or `Traffic.buckets`.
+        num_tokens: N.
+        device: Where the layer is.
+        side: The layer's, which is asked first.
+        part: Which tokens they are, where a layer is not given all of the model's.
+    """
     if part is not None:
-        all_N = _of_length(by_side, part.num_tokens, device=device, side=side, part=None)
+        all_N = known_of(by_side, part.num_tokens, device=device, side=side)
         return None if all_N is None else all_N[part.rows_M]
     for key in (side, *by_side):
         values_N = by_side.get(key)
-        if values_N is not None and values_N.shape[0] == length:
+        if values_N is not None and values_N.shape[0] == num_tokens:
             # A model may be spread over devices; what was brought to one is there for its layers.
             by_side[key] = values_N = values_N.to(device, non_blocking=True)
             return values_N
