@@ -12,18 +12,9 @@ from ecomoe import EcoMoE
 from ecomoe.ecology.sinks import read_records
 from examples.data import Images
 from examples.experiments.__main__ import main
-from examples.experiments.analysis import (
-    auc,
-    bootstrap_auc,
-    equivalence,
-    paired_not_worse,
-    spread,
-)
 from examples.experiments.claims import CLAIMS, FIRST_VERSION
-from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.data import Library, blocks, relabel
-from examples.experiments.figures import revival
-from examples.experiments.measure import evaluate, expert_information, mutual_information
+from examples.experiments.measure import evaluate
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn, rotate
 from examples.experiments.protocol import Batches, ForcedDeath, moved, steps_at, two_rates
 from examples.experiments.records import SCALES
@@ -296,23 +287,6 @@ def test_evaluation_counts_patches_and_text():
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
 
 
-def test_what_a_living_expert_tells():
-    told = torch.tensor([[1000.0, 0, 0, 0], [0, 1000, 0, 0], [500, 500, 1000, 1000]])
-    expected = math.log(5000 / 1500) - 3 / 2000
-    assert expert_information(told, [True, True, False]) == pytest.approx(expected)
-    assert expert_information(told, [False] * 3) == 0.0
-    # Rare experts tell nothing by chance: 20 tokens of 50 labels.
-    drawn = torch.multinomial(torch.ones(50), 20 * 500, replacement=True).view(500, 20)
-    counts = torch.zeros(500, 50).scatter_add_(1, drawn, torch.ones(500, 20))
-    assert expert_information(counts, [True] * 500) < 0.2
-
-
-def test_mutual_information_of_independent_and_of_equal_variables():
-    assert mutual_information(torch.ones(4, 4) * 1000)[1] < 1e-3
-    assert mutual_information(torch.eye(4) * 1000)[1] > 0.99
-    assert mutual_information(torch.tensor([[5.0, 5.0]])) == (0.0, 0.0)
-
-
 def test_forced_death_holds_an_expert_out_and_lets_go():
     torch.manual_seed(0)
     layer = EcoMoE(8, 8, tiers=(4,))
@@ -330,39 +304,6 @@ def test_forced_death_holds_an_expert_out_and_lets_go():
     held = bias.detach().clone()
     death(0.7)
     assert torch.equal(bias, held)
-
-
-def test_auc_and_its_interval():
-    scores, outcomes = [0.1, 0.4, 0.35, 0.8], [False, False, True, True]
-    assert auc(scores, outcomes) == 0.75
-    assert auc([1, 1], [True, False]) == 0.5
-    assert auc([1, 2], [True, True]) is None
-    low, high = bootstrap_auc(scores * 10, outcomes * 10)
-    assert 0.5 < low < 0.75 < high <= 1
-
-
-def test_spread_and_equivalence():
-    one, other = [1.00, 1.01, 0.99], [1.00, 1.02, 1.01]
-    assert spread(one).mean == pytest.approx(1.0)
-    assert spread([1.0]).interval is None
-    assert equivalence(one, other, margin=0.1) < 0.01
-    assert equivalence(one, [2.0, 2.1, 2.2], margin=0.1) > 0.9
-    assert equivalence([1.0], other, margin=0.1) is None
-    # Far better is not equivalent, but it is not worse either.
-    assert equivalence(one, [2.0, 2.1, 2.2], margin=0.1, one_sided=True) < 0.01
-
-
-def test_pairs_see_what_spread_between_seeds_hides():
-    one, other = [1.0, 2.0, 3.0], [1.01, 1.99, 3.0]
-    p, upper = paired_not_worse(one, other, margin=0.05)
-    assert p < 0.01
-    assert upper < 0.05
-    assert equivalence(one, other, margin=0.05, one_sided=True) > 0.4
-    # By hand: differences 0.2, 0.3, 0.4, so t = (0.3 - 0.05) / (0.1 / sqrt 3) = 4.33 at 2 degrees.
-    p, upper = paired_not_worse([1.2, 1.3, 1.4], [1.0, 1.0, 1.0], margin=0.05)
-    assert p == pytest.approx(0.9753, abs=1e-3)
-    assert upper == pytest.approx(0.3 + 2.920 * 0.1 / math.sqrt(3), abs=1e-3)
-    assert paired_not_worse([1.0], [2.0], margin=0.1) is None
 
 
 def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monkeypatch):
@@ -394,25 +335,6 @@ def test_report_and_evidence_are_made_from_results(library, out, tmp_path, monke
         assert f"| {claim.label} | {claim.text} | **" in text
     main(["report", "--results", str(out / "results"), "--html", str(plots)])
     assert plots.read_text().count("<h2>") > len(EXPERIMENTS)
-
-
-def test_claim_4_sees_every_number_of_experts_by_a_relative_threshold():
-    def run(classes, num_experts, dead, e=1.0):
-        layer = {"num_experts": num_experts, "dead_relative": {"top1": dead}}
-        return {
-            "data": {"classes": classes},
-            "setting": {"name": "", "control": {"e": e}, "of": [classes, num_experts]},
-            "final": {"layers": [layer]},
-            "scale": "small",
-            "seed": 0,
-        }
-
-    judge = next(claim.judge for claim in CLAIMS if claim.label == "4")
-    found = {"low-e": {"runs": [run(10, 16, 0), run(10, 16, 9, e=0.3)]}}
-    found |= {"tiny-32": {"runs": [run(80, 32, 8), run(80, 16, 2)]}}
-    verdict = judge(found)
-    assert "10: 0.0 (1), 80: 3.0 (2)" in verdict.why
-    assert verdict.word == "reproduced"
 
 
 def test_evidence_without_results_names_every_command(tmp_path):
@@ -467,53 +389,3 @@ def test_command_line_lists_and_refuses(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
-
-
-def test_fit_of_complexity_finds_the_form_it_was_made_of():
-    counts = (2, 5, 10, 40, 100)
-    by_root = fits({count: 0.05 * math.sqrt(count) for count in counts})
-    assert {by_root[0].name, by_root[1].name} == {"sqrt C", "a power of C"}
-    assert by_root[0].error < 1e-9
-    by_log = fits({count: 0.05 * math.log(count) for count in counts})
-    assert by_log[0].name == "log C"
-    assert by_log[0].scale == pytest.approx(0.05)
-
-
-def test_critical_e_is_unknown_where_all_or_none_die():
-    found = critical_e({2: {0.1: 0.0, 1.0: 0.0}, 10: {0.1: 4.0, 1.0: 2.0}})
-    assert found == {2: None, 10: None}
-    assert "too few" in fit_said(found)
-    # One lucky run below a deadly E is no threshold.
-    assert critical_e({5: {0.1: 0.0, 0.2: 3.0, 0.8: 0.0}})[5] == pytest.approx(0.4)
-
-
-def test_a_revival_that_does_not_last_is_none():
-    def run(*usages):
-        history = [
-            {"percent": 40 + 10 * index, "layers": [{"usage": [usage]}]}
-            for index, usage in enumerate(usages)
-        ]
-        events = [{"kind": "revival", "expert": 0, "step": 60, "basis": "top1"}]
-        setting = {"forced_death": (0.3, 0.5)}
-        return {"setting": setting, "history": history, "events": events, "steps": 100}
-
-    lasting = revival(run(0.0, 0.0, 0.02, 0.0, 0.02, 0.05))
-    assert lasting["revived after, % of training"] == 30
-    assert lasting["revival reported by the monitor"] == 1
-    assert revival(run(0.0, 0.0, 0.02, 0.0))["revived after, % of training"] == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("pure", "word"),
-    [((0, 0, 1, 0), "out of reach"), ((1, 2, 2, 4), "reproduced"), ((4, 2, 2, 1), "refuted")],
-)
-def test_claim_1c_needs_pure_experts_for_a_trend(pure, word, monkeypatch):
-    monkeypatch.setattr("examples.experiments.claims.general", lambda run: {"PURE": run["pure"]})
-    runs = [
-        # Two seeds a condition: of one expert in one seed no trend is read.
-        {"name": f"E={index}", "pure": count if seed or count > 1 else 0}
-        for index, count in enumerate(map(float, pure))
-        for seed in (0, 1)
-    ]
-    judge = next(claim.judge for claim in CLAIMS if claim.label == "1c")
-    assert judge({"phase-map": {"runs": runs}}).word == word

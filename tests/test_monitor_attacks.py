@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from test_monitor import batches, make
+from patches import batches, make
 from torch import nn
 from torch.nn import functional as F
 
@@ -86,7 +86,7 @@ import json, os, pathlib, signal, sys, threading, time
 sys.path[:0] = sys.argv[3:]
 import torch
 import ecomoe
-from test_monitor import batches, make
+from patches import batches, make
 from test_monitor_attacks import KILLED_STEPS, judge, learn
 
 torch.set_num_threads(1)
