@@ -184,10 +184,17 @@ def affine(x_BPD: Tensor, weight_BFD: Tensor, bias_BF: Tensor | None, *, out: Te
     """Write each expert's ``x W^T + b``."""
     few, many = WEIGHTS_FIRST[x_BPD.itemsize > 2]
     if few < x_BPD.shape[1] < many:
-        out.copy_(torch.bmm(weight_BFD, x_BPD.mT).mT)
+        if bias_BF is None:
+            return out.copy_(torch.bmm(weight_BFD, x_BPD.mT).mT)
+        return out.copy_(torch.baddbmm(bias_BF.unsqueeze(2), weight_BFD, x_BPD.mT).mT)
+    if bias_BF is None:
+        return product(x_BPD, weight_BFD.mT, out=out)
+    # The product adds the bias itself, without another pass over what it wrote.
+    if x_BPD.shape[0] == 1:
+        torch.addmm(bias_BF[0], x_BPD[0], weight_BFD[0].T, out=out[0])
     else:
-        product(x_BPD, weight_BFD.mT, out=out)
-    return out if bias_BF is None else out.add_(bias_BF.unsqueeze(1))
+        torch.baddbmm(bias_BF.unsqueeze(1), x_BPD, weight_BFD.mT, out=out)
+    return out
 
 
 def of_experts(bias_EF: Tensor | None, experts: slice) -> Tensor | None:
