@@ -219,7 +219,7 @@ class FFNExperts(Experts):
 
     def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
         """Return each slot's output of its own expert, ``(S, F)``."""
-        one = self._in_one_operator(x_SD, plan)
+        one = self._in_one_operator(x_SD, None, torch.arange(x_SD.shape[0]), plan.ends_E)
         if one is not None:
             return one
         if self.gated:
@@ -233,14 +233,26 @@ class FFNExperts(Experts):
             hidden_SH = self.norm(hidden_SH)
         return self.down_proj(hidden_SH, plan.ends_E)  # type: ignore[no-any-return]
 
-    def _in_one_operator(self, x_SD: Tensor, plan: Plan) -> Tensor | None:
-        """Return the slots' outputs by `feed_forward`, or ``None`` where it is not for these.
+    def mixture(self, x_ND: Tensor, weights_NK: Tensor, plan: Plan) -> Tensor | None:
+        """Return each token's gate-weighted sum of its experts' outputs, ``(N, F)``.
+
+        ``None`` where it takes `forward`, slot by slot: on an accelerator, or where somebody waits
+        for a call of the experts or of a part of them.
+        """
+        if has_hooks(self):
+            return None
+        return self._in_one_operator(x_ND, weights_NK, plan.order_S, plan.ends_E)
+
+    def _in_one_operator(
+        self, x_ND: Tensor, weights_NK: Tensor | None, order_S: Tensor, ends_E: Tensor
+    ) -> Tensor | None:
+        """Return what `feed_forward` does, or ``None`` where it is not for these experts.
 
         It passes over the projections as modules, so nobody may be waiting for calls of them.
         """
         first, down = self.gate_up_proj if self.gated else self.up_proj, self.down_proj
         known, activation = self._known_activation
-        if activation is None or known is not self.activation or not for_host(x_SD):
+        if activation is None or known is not self.activation or not for_host(x_ND):
             return None
         if self.norm is not None or (self.dropout and self.training):
             return None
@@ -248,17 +260,15 @@ class FFNExperts(Experts):
             return None
         if not all(isinstance(m, ExpertLinear) and m.is_plain() for m in (first, down)):
             return None
-        x_SD = _as_autocast(x_SD)
-        up_EGD, up_bias_EG = first.cast_operands(x_SD)
-        down_EFH, down_bias_EF = down.cast_operands(x_SD)
-        tensors = [x_SD, up_EGD, down_EFH, up_bias_EG, down_bias_EF]
+        x_ND = _as_autocast(x_ND)
+        up_EGD, up_bias_EG = first.cast_operands(x_ND)
+        down_EFH, down_bias_EF = down.cast_operands(x_ND)
+        tensors = [x_ND, weights_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF]
         if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors):
             return None
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y_SF: Tensor = feed_forward(
-            x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan.ends_E, activation, keep
-        )[0]
-        return y_SF
+        y_NF: Tensor = feed_forward(*tensors, order_S, ends_E, activation, keep)[0]
+        return y_NF
 
 
 class HeadExperts(Experts):

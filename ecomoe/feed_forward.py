@@ -1,27 +1,33 @@
-"""The experts' feed-forward map as one operator on the CPU.
+"""The experts' feed-forward map, from tokens to gate-weighted sums, as one operator on the CPU.
 
-Sorted slots go through both projections piece by piece: what lies between them stays in the cache,
-and of the hidden layer only the pre-activation is kept for the backward pass, which computes the
-activation again.
+Tokens go through both projections piece by piece: what lies between them stays in the cache, and no
+slot's input nor output is ever kept. Of the hidden layer the pre-activation alone is, for the
+backward pass, which computes the activation again. A gate's gradient, ``<grad, y>``, is there
+``<W^T grad, h> + <grad, b>``, which needs no ``y``: the first of them is on the way to the tokens'
+gradient anyway (SonicMoE's kernels do the same on a GPU).
 
-Axes: E experts, S slots sorted by expert, B experts of a piece, P rows of each of them, D input
-features, H hidden features, G pre-activations (H, or 2 H where the layer is gated), F output
-features.
+Axes: N tokens, K experts chosen for a token, E experts, S slots sorted by expert, B experts of a
+piece, P rows of each of them, R rows of all pieces, D input features, H hidden features, G
+pre-activations (H, or 2 H where the layer is gated), F output features.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ecomoe import buffers
 from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
-from ecomoe.grouped import grouped_linear, grouped_product
+from ecomoe.dispatch import Plan, combine, scatter_to_experts, unsort_slots
+from ecomoe.grouped import expert_of_slot, grouped_linear, grouped_product
 from ecomoe.pieces import (
     VERY_FEW_ROWS,
+    Layout,
     add_outer,
     affine,
-    cut,
     empty_gradient,
     most_rows,
     of_experts,
@@ -31,123 +37,170 @@ from ecomoe.pieces import (
 
 @torch.library.custom_op("ecomoe::feed_forward", mutates_args=())
 def feed_forward(
-    x_SD: Tensor,
+    x_ND: Tensor,
+    gates_NK: Tensor | None,
     up_EGD: Tensor,
     up_bias_EG: Tensor | None,
     down_EFH: Tensor,
     down_bias_EF: Tensor | None,
+    order_S: Tensor,
     ends_E: Tensor,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return each slot's output of its own expert ``(S, F)``, and the pre-activations.
+    """Return the gate-weighted sum of each token's experts ``(N, F)``, and the pre-activations.
 
-    The layer is gated where ``up_EGD`` gives twice the features that ``down_EFH`` takes. The
-    pre-activations ``(S, G)`` have no rows unless they are to be kept for a backward pass.
+    Without gates, a token has one expert, whose output it gets. The layer is gated where ``up_EGD``
+    gives twice the features that ``down_EFH`` takes. The pre-activations ``(R, G)`` have no rows
+    unless they are to be kept for a backward pass, else as many as any routing may need.
     """
-    num_slots, d_hidden = x_SD.shape[0], down_EFH.shape[2]
-    if _are_few(x_SD, up_EGD, down_EFH):
-        pre_SG = grouped_product(x_SD, up_EGD, up_bias_EG, ends_E)
-        hidden_SH = _activate(pre_SG, activation, out=x_SD.new_empty(num_slots, d_hidden))
+    top_k = 1 if gates_NK is None else gates_NK.shape[1]
+    tokens_S = order_S // top_k
+    d_hidden, width = down_EFH.shape[2], up_EGD.shape[1]
+    layout = Layout(ends_E, x_ND.dtype)
+    most = most_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype)
+    pre_RG = buffers.empty(x_ND, (most if keep else 0, width))
+    if _are_few(x_ND, order_S, up_EGD, down_EFH):
+        pre_SG = grouped_product(x_ND.index_select(0, tokens_S), up_EGD, up_bias_EG, ends_E)
+        hidden_SH = _activate(pre_SG, activation, out=pre_SG.new_empty(len(pre_SG), d_hidden))
         y_SF = grouped_product(hidden_SH, down_EFH, down_bias_EF, ends_E)
-        return y_SF, pre_SG if keep else pre_SG.new_empty(0, up_EGD.shape[1])
-    pre_SG = buffers.empty(x_SD, (num_slots if keep else 0, up_EGD.shape[1]))
-    y_SF = buffers.empty(x_SD, (num_slots, down_EFH.shape[1]))
-    pieces = cut(ends_E, x_SD.dtype)
-    widths = x_SD.shape[1], up_EGD.shape[1], d_hidden, y_SF.shape[1]
-    x, pre, hidden, y = (x_SD.new_empty(most_rows(pieces) * width) for width in widths)
-    for piece in pieces:
+        for piece in layout.pieces if keep else ():
+            piece.take(pre_SG, layout.slots_R, piece.of(pre_RG).view(-1))
+        slots_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
+        return _sum_of_rows(y_SF, slots_S, gates_NK), pre_RG
+    y_RF = buffers.empty(x_ND, (most, down_EFH.shape[1]))
+    tokens_R = tokens_S[layout.slots_R]
+    x, pre, hidden = (
+        x_ND.new_empty(layout.most_rows * each) for each in (x_ND.shape[1], width, d_hidden)
+    )
+    for piece in layout.pieces:
         own = piece.experts
-        pre_BPG = piece.of(pre_SG, pre) if keep else piece.spare(pre, up_EGD.shape[1])
-        affine(piece.take(x_SD, x), up_EGD[own], of_experts(up_bias_EG, own), out=pre_BPG)
-        if keep:
-            piece.put(pre_BPG, pre_SG)
+        x_BPD = piece.take(x_ND, tokens_R, x)
+        pre_BPG = piece.of(pre_RG) if keep else piece.spare(pre, width)
+        affine(x_BPD, up_EGD[own], of_experts(up_bias_EG, own), out=pre_BPG)
         hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
-        y_BPF = piece.of(y_SF, y)
-        affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=y_BPF)
-        piece.put(y_BPF, y_SF)
-    return y_SF, pre_SG
+        affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=piece.of(y_RF))
+    return _sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
 
 
 @feed_forward.register_fake
-def _(x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, ends_E, activation, keep):  # type: ignore[no-untyped-def]
-    rows = x_SD.shape[0]
-    y_SF = x_SD.new_empty(rows, down_EFH.shape[1])
-    return y_SF, x_SD.new_empty(rows if keep else 0, up_EGD.shape[1])
+def _(x_ND, gates_NK, up_EGD, up_bias, down_EFH, down_bias, order_S, ends_E, activation, keep):  # type: ignore[no-untyped-def]
+    most = most_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype) if keep else 0
+    y_NF = x_ND.new_empty(x_ND.shape[0], down_EFH.shape[1])
+    return y_NF, x_ND.new_empty(most, up_EGD.shape[1])
 
 
 @torch.library.custom_op("ecomoe::feed_forward_backward", mutates_args=())
 def feed_forward_backward(
-    grad_SF: Tensor,
-    x_SD: Tensor,
-    pre_SG: Tensor,
+    grad_NF: Tensor,
+    x_ND: Tensor,
+    gates_NK: Tensor | None,
+    pre_RG: Tensor,
     up_EGD: Tensor,
     down_EFH: Tensor,
+    down_bias_EF: Tensor | None,
+    order_S: Tensor,
     ends_E: Tensor,
     activation: str,
     has_biases: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of tokens, both projections and both biases (empty without biases)."""
-    d_hidden = down_EFH.shape[2]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of tokens, gates, up projection, its bias, down projection, its bias.
+
+    Those of what there is none of, gates or biases, are empty.
+    """
+    num_experts, d_model, d_hidden = up_EGD.shape[0], x_ND.shape[1], down_EFH.shape[2]
     gated = up_EGD.shape[1] != d_hidden
-    grad_SF = grad_SF.contiguous()
-    grad_x_SD = buffers.empty(x_SD, x_SD.shape)
-    num_biases = up_EGD.shape[0] if has_biases else 0
-    wide = torch.promote_types(x_SD.dtype, torch.float32)
-    grad_up_bias_EG = x_SD.new_zeros(num_biases, up_EGD.shape[1], dtype=wide)
-    grad_down_bias_EF = x_SD.new_zeros(num_biases, down_EFH.shape[1], dtype=wide)
-    pieces = cut(ends_E, x_SD.dtype)
-    grad_up_EGD = empty_gradient(up_EGD, pieces)
-    grad_down_EFH = empty_gradient(down_EFH, pieces)
-    widths = x_SD.shape[1], pre_SG.shape[1], d_hidden, d_hidden, grad_SF.shape[1]
-    most = most_rows(pieces)
-    inner, pre, hidden, slope, outer = (x_SD.new_empty(most * width) for width in widths)
-    joined = x_SD.new_empty(most * pre_SG.shape[1]) if gated else slope
-    for piece in pieces:
+    top_k = 1 if gates_NK is None else gates_NK.shape[1]
+    grad_NF = grad_NF.contiguous()
+    layout = Layout(ends_E, x_ND.dtype)
+    order_R = order_S[layout.slots_R]
+    tokens_R, rows_S = order_R // top_k, layout.rows_of(order_S)
+    # Rows beyond an expert's slots repeat one of its own: with a gate of 0.
+    gates_R1 = layout.own_R.to(x_ND.dtype).unsqueeze(1)
+    if gates_NK is not None:
+        gates_R1 *= gates_NK.reshape(-1, 1)[order_R]
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    grad_gates_R = x_ND.new_empty(0 if gates_NK is None else len(order_R), dtype=wide)
+    most = most_rows(order_S.shape[0], num_experts, x_ND.dtype)
+    grad_x_RD = buffers.empty(x_ND, (most, d_model))
+    num_biases = num_experts if has_biases else 0
+    grad_up_bias_EG = x_ND.new_zeros(num_biases, up_EGD.shape[1], dtype=wide)
+    grad_down_bias_EF = x_ND.new_zeros(num_biases, down_EFH.shape[1], dtype=wide)
+    grad_up_EGD = empty_gradient(up_EGD, layout.pieces)
+    grad_down_EFH = empty_gradient(down_EFH, layout.pieces)
+    widths = d_model, d_hidden, d_hidden, grad_NF.shape[1]
+    inner, hidden, slope, outer = (x_ND.new_empty(layout.most_rows * width) for width in widths)
+    joined = x_ND.new_empty(layout.most_rows * up_EGD.shape[1]) if gated else slope
+    groups = math.gcd(d_hidden, 16)
+    for piece in layout.pieces:
         own = piece.experts
-        pre_BPG = piece.take(pre_SG, pre)
-        grad_BPF = piece.take(grad_SF, outer)
+        gates_BP1 = piece.of(gates_R1)
+        pre_BPG = piece.of(pre_RG)
+        grad_BPF = piece.take(grad_NF, tokens_R, outer)
         hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
-        add_outer(grad_BPF, hidden_BPH, piece, grad_down_EFH)
         slope_BPH = product(grad_BPF, down_EFH[own], out=piece.spare(slope, d_hidden))
-        joined_BPG = piece.spare(joined, pre_SG.shape[1])
+        on_bias_BP: Tensor | float = 0.0
+        if gates_NK is not None and down_bias_EF is not None:
+            on_bias_BP = (grad_BPF @ down_bias_EF[own].unsqueeze(2)).squeeze(2)
+        grad_BPF.mul_(gates_BP1)
+        add_outer(grad_BPF, hidden_BPH, piece, grad_down_EFH)
+        if gates_NK is not None:
+            # In groups: one sum in 16 bits would not tell experts apart that are nearly alike, and
+            # the whole in 32 is another pass over twice as much memory.
+            parts_BPX = hidden_BPH.mul_(slope_BPH).unflatten(2, (groups, -1)).sum(3)
+            dot_BP = parts_BPX.sum(2, dtype=wide)
+            piece.of(grad_gates_R.unsqueeze(1)).squeeze(2).copy_(dot_BP.add_(on_bias_BP))
+        joined_BPG = piece.spare(joined, up_EGD.shape[1])
         _activate_backward(slope_BPH, pre_BPG, activation, out=joined_BPG)
-        add_outer(joined_BPG, piece.take(x_SD, inner), piece, grad_up_EGD)
+        x_BPD = piece.take(x_ND, tokens_R, inner).mul_(gates_BP1)
+        add_outer(joined_BPG, x_BPD, piece, grad_up_EGD)
         if has_biases:
-            grad_up_bias_EG[own] += joined_BPG.sum(1)
+            grad_up_bias_EG[own] += (gates_BP1.mT @ joined_BPG).squeeze(1)
             grad_down_bias_EF[own] += grad_BPF.sum(1)
-        grad_x_BPD = piece.of(grad_x_SD, inner)
-        piece.put(product(joined_BPG, up_EGD[own], out=grad_x_BPD), grad_x_SD)
+        product(joined_BPG, up_EGD[own], out=piece.of(grad_x_RD))
+    grad_gates_S = grad_gates_R if gates_NK is None else grad_gates_R[rows_S].to(gates_NK.dtype)
     return (
-        grad_x_SD,
+        _sum_of_rows(grad_x_RD, rows_S, gates_NK),
+        grad_gates_S.view(-1, top_k),
         grad_up_EGD,
-        grad_up_bias_EG.to(x_SD.dtype),
+        grad_up_bias_EG.to(x_ND.dtype),
         grad_down_EFH,
-        grad_down_bias_EF.to(x_SD.dtype),
+        grad_down_bias_EF.to(x_ND.dtype),
     )
 
 
 @feed_forward_backward.register_fake
-def _(grad_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, activation, has_biases):  # type: ignore[no-untyped-def]
+def _(grad_NF, x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias, order, ends, name, has_biases):  # type: ignore[no-untyped-def]
     num_biases = up_EGD.shape[0] if has_biases else 0
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
     return (
-        x_SD.new_empty(x_SD.shape),
+        x_ND.new_empty(x_ND.shape),
+        x_ND.new_empty((0, 1), dtype=wide) if gates_NK is None else torch.empty_like(gates_NK),
         up_EGD.new_empty(up_EGD.shape),
-        x_SD.new_empty(num_biases, up_EGD.shape[1]),
+        x_ND.new_empty(num_biases, up_EGD.shape[1]),
         down_EFH.new_empty(down_EFH.shape),
-        x_SD.new_empty(num_biases, down_EFH.shape[1]),
+        x_ND.new_empty(num_biases, down_EFH.shape[1]),
     )
 
 
-def _are_few(x_SD: Tensor, up_EGD: Tensor, down_EFH: Tensor) -> bool:
+def _sum_of_rows(rows_RX: Tensor, rows_S: Tensor, gates_NK: Tensor | None) -> Tensor:
+    """Return the gate-weighted sum of each token's rows, ``(N, X)``."""
+    if gates_NK is None:
+        return rows_RX.index_select(0, rows_S)
+    gates_NK = gates_NK.to(rows_RX.dtype)
+    rows_NK = rows_S.view(gates_NK.shape)
+    return F.embedding_bag(rows_NK, rows_RX, mode="sum", per_sample_weights=gates_NK)
+
+
+def _are_few(x_ND: Tensor, order_S: Tensor, up_EGD: Tensor, down_EFH: Tensor) -> bool:
     """Whether ``F.grouped_mm``, which pads nothing, is faster, and reads the weights as they are.
 
     Reading them is all that takes time then; MKL's time for a batch goes with its padded rows.
     """
     aligned = up_EGD.shape[2] % 4 == 0 == down_EFH.shape[2] % 4
     contiguous = up_EGD.is_contiguous() and down_EFH.is_contiguous()
-    few = x_SD.shape[0] < VERY_FEW_ROWS * up_EGD.shape[0]
-    return few and aligned and contiguous and x_SD.itemsize == 4
+    few = order_S.shape[0] < VERY_FEW_ROWS * up_EGD.shape[0]
+    return few and aligned and contiguous and x_ND.itemsize == 4
 
 
 def _activate(pre: Tensor, activation: str, *, out: Tensor) -> Tensor:
@@ -170,46 +223,68 @@ def _activate_backward(grad: Tensor, pre: Tensor, activation: str, *, out: Tenso
 
 
 def composed(
-    x_SD: Tensor,
+    x_ND: Tensor,
+    gates_NK: Tensor | None,
     up_EGD: Tensor,
     up_bias_EG: Tensor | None,
     down_EFH: Tensor,
     down_bias_EF: Tensor | None,
+    order_S: Tensor,
     ends_E: Tensor,
+    *,
     activation: str,
 ) -> Tensor:
     """Return what `feed_forward` returns first, from parts that can be differentiated twice."""
+    top_k = 1 if gates_NK is None else gates_NK.shape[1]
+    experts_S = expert_of_slot(ends_E, order_S.shape[0])
+    plan = Plan(order_S, order_S.argsort(), experts_S, ends_E)
+    x_SD = scatter_to_experts(x_ND, plan, top_k=top_k)
     pre_SG = grouped_linear(x_SD, up_EGD, up_bias_EG, ends_E)
     gate_SH, *up = pre_SG.split(down_EFH.shape[2], dim=-1)
     hidden_SH = ACTIVATIONS[activation](gate_SH)
     if up:
         hidden_SH = hidden_SH * up[0]
-    return grouped_linear(hidden_SH, down_EFH, down_bias_EF, ends_E)
+    y_SF = grouped_linear(hidden_SH, down_EFH, down_bias_EF, ends_E)
+    if gates_NK is None:
+        return unsort_slots(y_SF, plan, top_k=1).squeeze(1)
+    return combine(y_SF, gates_NK, plan)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.activation, _ = inputs
-    _, pre_SG = output
-    ctx.mark_non_differentiable(pre_SG)
+    _, pre_RG = output
+    ctx.mark_non_differentiable(pre_RG)
     ctx.set_materialize_grads(False)  # one of zeros for the pre-activations would be written
-    ctx.save_for_backward(pre_SG, *tensors)
+    ctx.save_for_backward(pre_RG, *tensors)
 
 
-def _differentiate(ctx, grad_SF: Tensor | None, _: None):  # type: ignore[no-untyped-def]
-    if grad_SF is None:
-        return (None,) * 8
-    pre_SG, *tensors = ctx.saved_tensors
-    x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, ends_E = tensors
+def _differentiate(ctx, grad_NF: Tensor | None, _: None):  # type: ignore[no-untyped-def]
+    if grad_NF is None:
+        return (None,) * 10
+    pre_RG, *tensors = ctx.saved_tensors
+    x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, order_S, ends_E = tensors
     if torch.is_grad_enabled():  # by create_graph=True
-        return *_differentiable_gradients(grad_SF, tensors, ctx.activation), None, None, None
+        gradients = _differentiable_gradients(grad_NF, tensors, ctx.activation)
+        return *gradients, None, None, None, None
     has_biases = up_bias_EG is not None or down_bias_EF is not None
-    grad_x_SD, grad_up_EGD, grad_up_bias_EG, grad_down_EFH, grad_down_bias_EF = (
+    grad_x_ND, grad_gates_NK, grad_up_EGD, grad_up_bias_EG, grad_down_EFH, grad_down_bias_EF = (
         feed_forward_backward(
-            grad_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, ctx.activation, has_biases
+            grad_NF,
+            x_ND,
+            gates_NK,
+            pre_RG,
+            up_EGD,
+            down_EFH,
+            down_bias_EF,
+            order_S,
+            ends_E,
+            ctx.activation,
+            has_biases,
         )
     )
     return (
-        grad_x_SD,
+        grad_x_ND,
+        None if gates_NK is None else grad_gates_NK,
         grad_up_EGD,
         None if up_bias_EG is None else grad_up_bias_EG,
         grad_down_EFH,
@@ -217,17 +292,18 @@ def _differentiate(ctx, grad_SF: Tensor | None, _: None):  # type: ignore[no-unt
         None,
         None,
         None,
+        None,
     )
 
 
 def _differentiable_gradients(
-    grad_SF: Tensor, tensors: list[Tensor], activation: str
+    grad_NF: Tensor, tensors: list[Tensor], activation: str
 ) -> list[Tensor | None]:
-    wanted = [t for t in tensors[:-1] if t is not None and t.requires_grad]
-    x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, ends_E = tensors
-    y_SF = composed(x_SD, up_EGD, up_bias_EG, down_EFH, down_bias_EF, ends_E, activation)
-    found = iter(torch.autograd.grad(y_SF, wanted, grad_SF, create_graph=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in tensors[:-1]]
+    operands = tensors[:6]
+    wanted = [t for t in operands if t is not None and t.requires_grad]
+    y_NF = composed(*tensors, activation=activation)
+    found = iter(torch.autograd.grad(y_NF, wanted, grad_NF, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in operands]
 
 
 feed_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ecomoe import buffers
 from ecomoe.pieces import (
+    Layout,
     add_outer,
     affine,
-    cut,
     empty_gradient,
     most_rows,
     of_experts,
@@ -68,37 +68,39 @@ def _aligned(tensor: Tensor, *, axes: int = 1) -> Tensor:
 
 
 def _loop(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
-    y_SF = buffers.empty(x_SD, (x_SD.shape[0], weight_EFD.shape[1]))
-    pieces = cut(ends_E, x_SD.dtype)
-    most = most_rows(pieces)
-    x, y = (x_SD.new_empty(most * width) for width in (x_SD.shape[1], y_SF.shape[1]))
-    for piece in pieces:
+    num_experts, width_out, width_in = weight_EFD.shape
+    layout = Layout(ends_E, x_SD.dtype)
+    most = most_rows(x_SD.shape[0], num_experts, x_SD.dtype)
+    y_RF = buffers.empty(x_SD, (most, width_out))
+    x = x_SD.new_empty(layout.most_rows * width_in)
+    for piece in layout.pieces:
         own = piece.experts
-        y_BPF = piece.of(y_SF, y)
-        affine(piece.take(x_SD, x), weight_EFD[own], of_experts(bias_EF, own), out=y_BPF)
-        piece.put(y_BPF, y_SF)
-    return y_SF
+        x_BPD = piece.take(x_SD, layout.slots_R, x)
+        affine(x_BPD, weight_EFD[own], of_experts(bias_EF, own), out=piece.of(y_RF))
+    return y_RF.index_select(0, layout.rows_S)
 
 
 def _loop_backward(
     grad_SF: Tensor, x_SD: Tensor, weight_EFD: Tensor, ends_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_experts, width_out, width_in = weight_EFD.shape
-    grad_x_SD = buffers.empty(x_SD, x_SD.shape)
+    layout = Layout(ends_E, x_SD.dtype)
+    most = most_rows(x_SD.shape[0], num_experts, x_SD.dtype)
+    grad_x_RD = buffers.empty(x_SD, (most, width_in))
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
-    pieces = cut(ends_E, x_SD.dtype)
-    grad_weight_EFD = empty_gradient(weight_EFD, pieces)
-    most = most_rows(pieces)
-    inner, outer = (x_SD.new_empty(most * width) for width in (width_in, width_out))
-    for piece in pieces:
+    grad_weight_EFD = empty_gradient(weight_EFD, layout.pieces)
+    inner, outer = (x_SD.new_empty(layout.most_rows * width) for width in (width_in, width_out))
+    own_R1 = layout.own_R.to(x_SD.dtype).unsqueeze(1)
+    for piece in layout.pieces:
         own = piece.experts
-        grad_BPF = piece.take(grad_SF, outer)
-        add_outer(grad_BPF, piece.take(x_SD, inner), piece, grad_weight_EFD)
-        grad_x_BPD = piece.of(grad_x_SD, inner)
-        piece.put(product(grad_BPF, weight_EFD[own], out=grad_x_BPD), grad_x_SD)
+        grad_BPF = piece.take(grad_SF, layout.slots_R, outer).mul_(piece.of(own_R1))
+        x_BPD = piece.take(x_SD, layout.slots_R, inner)
+        add_outer(grad_BPF, x_BPD, piece, grad_weight_EFD)
+        product(grad_BPF, weight_EFD[own], out=piece.of(grad_x_RD))
         if has_bias:
             grad_bias_EF[own] += grad_BPF.sum(1)
+    grad_x_SD = grad_x_RD.index_select(0, layout.rows_S)
     return grad_x_SD, grad_weight_EFD, grad_bias_EF.to(x_SD.dtype)
 
 
@@ -118,7 +120,7 @@ def grouped_product(
     y_SF = F.grouped_mm(_aligned(x_SD), _aligned(weight_EFD, axes=2).mT, offs=ends_E)
     y_SF = y_SF[:, : weight_EFD.shape[1]].contiguous()
     if bias_EF is not None:
-        y_SF = y_SF + bias_EF.index_select(0, _expert_of_slot(ends_E, x_SD.shape[0]))
+        y_SF = y_SF + bias_EF.index_select(0, expert_of_slot(ends_E, x_SD.shape[0]))
     return y_SF
 
 
@@ -144,7 +146,7 @@ def _grouped_linear_backward(
     grad_weight_EFD.masked_fill_((starts_E == ends_E).view(-1, 1, 1), 0.0)
     grad_bias_EF = grad_SF.new_zeros(num_experts if has_bias else 0, width_out)
     if has_bias:
-        expert_ids_S = _expert_of_slot(ends_E, grad_SF.shape[0])
+        expert_ids_S = expert_of_slot(ends_E, grad_SF.shape[0])
         grad_bias_EF.index_add_(0, expert_ids_S, grad_SF)
     return grad_x_SD, grad_weight_EFD, grad_bias_EF
 
@@ -239,7 +241,7 @@ _one_by_one(_grouped_linear)
 _one_by_one(_grouped_linear_backward)
 
 
-def _expert_of_slot(ends_E: Tensor, num_slots: int) -> Tensor:
+def expert_of_slot(ends_E: Tensor, num_slots: int) -> Tensor:
     """Return the expert of each sorted slot, int64, ``(S,)``."""
     slots_S = torch.arange(num_slots, device=ends_E.device, dtype=ends_E.dtype)
     return torch.searchsorted(ends_E, slots_S, right=True)

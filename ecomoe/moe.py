@@ -18,7 +18,7 @@ from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.closed_form import mean_probabilities
 from ecomoe.control import Control
-from ecomoe.dispatch import combine, plan_dispatch, scatter_to_experts, unsort_slots
+from ecomoe.dispatch import Plan, combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
     ExpertLinear,
     Experts,
@@ -326,20 +326,30 @@ class EcoMoE(nn.Module):
             random_routing = random_routing.clone()
         routing: Routing = self.router(x_ND, temperature, random_routing)
         plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
-        x_SD = scatter_to_experts(x_ND, plan, top_k=self.top_k)
-        y_SF = self.experts(x_SD, plan)
         weights_NK = routing.weights_NK
+        y_SF = None
         if self.training and torch.is_grad_enabled():
             y_NKF = None
             if self.divergence_weight > 0:
+                y_SF = self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan)
                 y_NKF = unsort_slots(y_SF, plan, top_k=self.top_k)
             weights_NK = self._leave_losses(x_ND, routing, y_NKF, targets)
         elif self.training:
             self.auxiliary.settle()
-        y_NF = combine(y_SF, weights_NK, plan).to(x.dtype)
+        y_NF = self._mixture(x_ND, y_SF, weights_NK, plan).to(x.dtype)
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
+
+    def _mixture(self, x_ND: Tensor, y_SF: Tensor | None, weights_NK: Tensor, plan: Plan) -> Tensor:
+        """Return the gate-weighted sums of the slots' outputs, if need be of the tokens'."""
+        if y_SF is None and type(self.experts) is FFNExperts:
+            y_NF = self.experts.mixture(x_ND, weights_NK, plan)
+            if y_NF is not None:
+                return y_NF
+        if y_SF is None:
+            y_SF = self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan)
+        return combine(y_SF, weights_NK, plan)
 
     def _leave_losses(
         self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None

@@ -6,14 +6,15 @@ enough for what is computed from it to stay in the cache until it is used. In 16
 counted in steps: oneDNN compiles a kernel for each number of rows that it meets, which takes
 milliseconds, and routing brings new numbers in every step.
 
-Axes: E experts, S slots sorted by expert, B experts of a piece, P rows of each of them.
+Axes: E experts, S slots sorted by expert, B experts of a piece, P rows of each of them, R rows of
+all pieces, one piece behind the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -55,12 +56,14 @@ class Piece:
         spans: Each expert's slots: the first, and one past the last.
         rows: Rows P that are computed for each expert.
         first: Whether no piece before it has slots of the same expert.
+        begin: Where its rows begin among those of all pieces.
     """
 
     expert: int
     spans: tuple[tuple[int, int], ...]
     rows: int
     first: bool
+    begin: int = 0
 
     @property
     def experts(self) -> slice:
@@ -68,48 +71,73 @@ class Piece:
         return slice(self.expert, self.expert + len(self.spans))
 
     @property
-    def slots(self) -> slice:
-        """Where the slots are among the sorted ones."""
-        return slice(self.spans[0][0], self.spans[-1][1])
+    def num_rows(self) -> int:
+        """Rows of all its experts."""
+        return len(self.spans) * self.rows
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the rows are one expert's slots, as they lie in memory."""
-        return len(self.spans) == 1 and self.spans[0][1] - self.spans[0][0] == self.rows
-
-    @cached_property
-    def _sources(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The slot of each row, the rows that are slots, and the others."""
-        starts_B1, ends_B1 = torch.tensor(self.spans).split(1, dim=1)
-        slots_BP = starts_B1 + torch.arange(self.rows)
-        own_R = (slots_BP < ends_B1).flatten()
-        return slots_BP.flatten() * own_R, own_R.nonzero()[:, 0], (~own_R).nonzero()[:, 0]
+    def of(self, rows_RX: Tensor) -> Tensor:
+        """Return the piece's part of all rows, ``(B, P, X)``."""
+        own = rows_RX[self.begin : self.begin + self.num_rows]
+        return own.view(len(self.spans), self.rows, rows_RX.shape[1])
 
     def spare(self, memory: Tensor, width: int) -> Tensor:
         """Return spare memory as the piece's rows, ``(B, P, width)``."""
-        shape = len(self.spans), self.rows, width
-        return memory[: shape[0] * shape[1] * width].view(shape)
+        return memory[: self.num_rows * width].view(len(self.spans), self.rows, width)
 
-    def of(self, rows_SX: Tensor, memory: Tensor) -> Tensor:
-        """Return where to compute the piece's rows: at their own place, or in spare memory."""
-        if self.is_exact:
-            return rows_SX[self.slots].unsqueeze(0)
-        return self.spare(memory, rows_SX.shape[1])
-
-    def take(self, rows_SX: Tensor, memory: Tensor) -> Tensor:
-        """Return the piece's rows ``(B, P, X)``, with zeros beyond each expert's own."""
-        rows_BPX = self.of(rows_SX, memory)
-        if not self.is_exact:
-            slots_R, _, others = self._sources
-            torch.index_select(rows_SX, 0, slots_R, out=rows_BPX.flatten(0, 1))
-            rows_BPX.flatten(0, 1).index_fill_(0, others, 0.0)
+    def take(self, source_NX: Tensor, index_R: Tensor, memory: Tensor) -> Tensor:
+        """Return the rows ``(B, P, X)`` of a source that an index over all rows names."""
+        rows_BPX = self.spare(memory, source_NX.shape[1])
+        own_R = index_R[self.begin : self.begin + self.num_rows]
+        torch.index_select(source_NX, 0, own_R, out=rows_BPX.flatten(0, 1))
+        for index, (start, end) in enumerate(self.spans):
+            if start == end:  # what is there is another expert's, and may not be finite
+                rows_BPX[index].zero_()
         return rows_BPX
 
-    def put(self, rows_BPX: Tensor, rows_SX: Tensor) -> None:
-        """Bring what was computed in spare memory to its own place."""
-        if not self.is_exact:
-            _, own, _ = self._sources
-            torch.index_select(rows_BPX.flatten(0, 1), 0, own, out=rows_SX[self.slots])
+
+class Layout:
+    """Which row of which piece is which slot's.
+
+    Attributes:
+        pieces: The pieces.
+        slots_R: The slot of each row; in a row beyond its expert's slots the last of them, so that
+            a value that is not finite stays with its expert.
+        own_R: Whether the row is within its expert's slots.
+        rows_S: The row of each slot.
+    """
+
+    def __init__(self, ends_E: Tensor, dtype: torch.dtype) -> None:
+        self.pieces = cut(ends_E, dtype)
+        spans = [(*span, piece.rows) for piece in self.pieces for span in piece.spans]
+        starts_Q, ends_Q, sizes_Q = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
+        # From a row's place among all rows to its slot.
+        shifts_Q = starts_Q - (sizes_Q.cumsum(0) - sizes_Q)
+        shifts_R, ends_R = torch.stack((shifts_Q, ends_Q)).repeat_interleave(sizes_Q, dim=1)
+        slots_R = shifts_R.add_(torch.arange(shifts_R.shape[0]))
+        self.own_R = slots_R < ends_R
+        self.slots_R = torch.minimum(slots_R, ends_R - 1).clamp_(min=0)
+        shifts_S = shifts_Q.repeat_interleave(ends_Q - starts_Q)
+        self.rows_S = torch.arange(shifts_S.shape[0]).sub_(shifts_S)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest piece."""
+        return max((piece.num_rows for piece in self.pieces), default=0)
+
+    def rows_of(self, order_S: Tensor) -> Tensor:
+        """Return the row of each slot in the order before they were sorted, ``(S,)``."""
+        return torch.empty_like(order_S).scatter_(0, order_S, self.rows_S)
+
+
+def most_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return how many rows all pieces of so many slots have at most, whatever the routing."""
+    # An expert's rows in steps; its share of what the largest of a piece's experts may cost more.
+    step = 0 if dtype.itemsize > 2 else 32
+    each = math.ceil(MAX_EXCESS * step + (MAX_EXCESS - 1.0) * FEW_ROWS)
+    # In use are as many experts as slots at most. Slots may be symbolic: no floats.
+    quarters = round(4 * MAX_EXCESS)
+    in_use: int = torch.sym_min(num_experts, num_slots)  # type: ignore[assignment]
+    return quarters * num_slots // 4 + each * in_use + 1
 
 
 def cut(ends_E: Tensor, dtype: torch.dtype) -> list[Piece]:
@@ -133,7 +161,8 @@ def cut(ends_E: Tensor, dtype: torch.dtype) -> list[Piece]:
         number = _experts_at_once(spans[expert : expert + BATCHES[0]], dtype)
         pieces += _pieces(expert, tuple(spans[expert : expert + number]), dtype)
         expert += number
-    return pieces
+    begins = accumulate((piece.num_rows for piece in pieces), initial=0)
+    return [replace(piece, begin=begin) for piece, begin in zip(pieces, begins, strict=False)]
 
 
 def _experts_at_once(spans: list[tuple[int, int]], dtype: torch.dtype) -> int:
@@ -173,11 +202,6 @@ def padded_rows(num_rows: int, dtype: torch.dtype) -> int:
         return num_rows
     step = 16 if num_rows <= 256 else 32
     return -(-num_rows // step) * step
-
-
-def most_rows(pieces: list[Piece]) -> int:
-    """Return the rows of the largest piece."""
-    return max((len(piece.spans) * piece.rows for piece in pieces), default=0)
 
 
 def affine(x_BPD: Tensor, weight_BFD: Tensor, bias_BF: Tensor | None, *, out: Tensor) -> Tensor:

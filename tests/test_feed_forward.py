@@ -3,120 +3,186 @@ import torch
 from tolerances import assert_near
 from torch import nn
 
+import ecomoe
 from ecomoe import experts as experts_module
-from ecomoe.activations import ELEMENTWISE
+from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
 from ecomoe.dispatch import Plan, plan_dispatch
 from ecomoe.experts import ExpertLinear, FFNExperts
-from ecomoe.feed_forward import composed, feed_forward
+from ecomoe.feed_forward import feed_forward
 
-# (S, D, H, F, slots of each expert): pieces of their own size, windows, several pieces an expert.
+# (D, H, F, slots of each expert): pieces of their own size, windows, several pieces an expert, an
+# expert without slots in the middle of a piece, few slots on multiples of 16 bytes.
 SIZES = [
-    (7, 4, 3, 5, [3, 0, 4]),
-    (0, 4, 3, 4, [0, 0]),
-    (90, 4, 3, 4, [40, 17, 33]),
-    (2600, 3, 4, 2, [0, 2500, 100]),
+    (4, 3, 5, [4, 0, 4]),
+    (4, 3, 4, [0, 0]),
+    (4, 3, 4, [40, 17, 33]),
+    (3, 4, 2, [0, 2500, 100]),
+    (4, 3, 4, [20, 20, 0, 20, 20, 20, 20, 20]),
+    (4, 8, 4, [5, 0, 7]),
 ]
-NAMES = ("x", "up", "up bias", "down", "down bias")
+NAMES = ("x", "gates", "up", "up bias", "down", "down bias")
 
 
-def operands(size, *, gated=False, bias=True, dtype=torch.float64):
-    num_slots, d_model, d_hidden, d_output, counts = size
-    num_experts, width = len(counts), (1 + gated) * d_hidden
-    shapes = [(num_slots, d_model), (num_experts, width, d_model), (num_experts, width)]
+def operands(size, *, top_k=2, gated=False, bias=True, dtype=torch.float64):
+    """Return what is differentiated, and the plan: an order of the slots and their experts' ends.
+
+    ``top_k=None`` is without gates, slots as they come sorted.
+    """
+    d_model, d_hidden, d_output, counts = size
+    num_slots, num_experts, width = sum(counts), len(counts), (1 + gated) * d_hidden
+    num_tokens = num_slots // (top_k or 1)
+    shapes = [(num_tokens, d_model), (num_tokens, top_k or 1)]
+    shapes += [(num_experts, width, d_model), (num_experts, width)]
     shapes += [(num_experts, d_output, d_hidden), (num_experts, d_output)]
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    for place, name in ((2, "up"), (4, "down")):
+    gates = torch.rand(shapes[1], dtype=torch.promote_types(dtype, torch.float32))
+    tensors[1] = None if top_k is None else gates.requires_grad_()
+    for place, name in ((3, "up"), (5, "down")):
         if bias not in (True, name):
             tensors[place] = None
-    return tensors, torch.tensor(counts).cumsum(0).to(torch.int32)
+    order_S = torch.arange(num_slots) if top_k is None else torch.randperm(num_slots)
+    return tensors, (order_S, torch.tensor(counts).cumsum(0).to(torch.int32))
 
 
-class TestAgainstSingleOperators:
+def one_by_one(x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan, activation):
+    """Return what the operator shall, slot by slot."""
+    order_S, ends_E = plan
+    top_k = 1 if gates_NK is None else gates_NK.shape[1]
+    y_NF = x_ND.new_zeros(x_ND.shape[0], down_EFH.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        slots = order_S[start:end]
+        start = end
+        pre = x_ND[slots // top_k] @ up_EGD[expert].T
+        if up_bias_EG is not None:
+            pre = pre + up_bias_EG[expert]
+        gate, *up = pre.split(down_EFH.shape[2], dim=1)
+        hidden = ACTIVATIONS[activation](gate)
+        if up:
+            hidden = hidden * up[0]
+        y = hidden @ down_EFH[expert].T
+        if down_bias_EF is not None:
+            y = y + down_bias_EF[expert]
+        if gates_NK is not None:
+            y = y * gates_NK.flatten()[slots].unsqueeze(1)
+        y_NF = y_NF.index_add(0, slots // top_k, y)
+    return y_NF
+
+
+class TestAgainstSingleExperts:
     @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("top_k", [None, 1, 2])
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("bias", [False, True, "up", "down"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_values_and_gradients(self, size, gated, bias, dtype):
-        inputs, ends_E = operands(size, gated=gated, bias=bias, dtype=dtype)
+    def test_values_and_gradients(self, size, top_k, gated, bias, dtype):
+        inputs, plan = operands(size, top_k=top_k, gated=gated, bias=bias, dtype=dtype)
         wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
-        y_SF, _ = feed_forward(*inputs, ends_E, "silu", True)
-        expected = composed(*wide, ends_E, "silu")
-        assert y_SF.dtype == dtype
-        assert_near(y_SF, expected, dtype)
+        y_NF, _ = feed_forward(*inputs, *plan, "silu", True)
+        expected = one_by_one(*wide, plan, "silu")
+        assert y_NF.dtype == dtype
+        assert_near(y_NF, expected, dtype)
         slope = torch.randn_like(expected).to(dtype)
-        y_SF.backward(slope)
+        y_NF.backward(slope)
         expected.backward(slope.double())
         for name, tensor, reference in zip(NAMES, inputs, wide, strict=True):
             if tensor is not None:
-                assert tensor.grad.dtype == dtype
+                assert tensor.grad.dtype == tensor.dtype
                 assert_near(tensor.grad, reference.grad, dtype, name=name)
 
     @pytest.mark.parametrize("activation", sorted(ELEMENTWISE))
     @pytest.mark.parametrize("gated", [False, True])
-    def test_activations_to_the_second_derivative(self, activation, gated):
-        inputs, ends_E = operands(SIZES[0], gated=gated)
+    @pytest.mark.parametrize("top_k", [None, 2])
+    def test_activations_to_the_second_derivative(self, activation, gated, top_k):
+        inputs, plan = operands(SIZES[0], gated=gated, top_k=top_k)
 
         def function(*tensors):
-            return feed_forward(*tensors, ends_E, activation, True)[0]
+            tensors = iter(tensors)
+            full = [None if t is None else next(tensors) for t in inputs]
+            return feed_forward(*full, *plan, activation, True)[0]
 
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        given = [t for t in inputs if t is not None]
+        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradgradcheck(function, given)
 
     def test_without_a_backward_pass_nothing_is_kept(self):
-        inputs, ends_E = operands(SIZES[3])
-        y_SF, pre_SG = feed_forward(*inputs, ends_E, "gelu", True)
-        assert pre_SG.shape == (2600, 4)
+        inputs, plan = operands(SIZES[3])
+        y_NF, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
+        assert pre_RG.shape[0] >= 2600
         with torch.no_grad():
-            alone_SF, none_SG = feed_forward(*inputs, ends_E, "gelu", False)
-        assert torch.equal(alone_SF, y_SF)
-        assert none_SG.shape == (0, 4)
+            alone_NF, none_RG = feed_forward(*inputs, *plan, "gelu", False)
+        assert torch.equal(alone_NF, y_NF)
+        assert none_RG.shape == (0, 4)
 
     @pytest.mark.parametrize("gated", [False, True])
-    def test_what_the_compiler_is_told(self, gated):
-        inputs, ends_E = operands(SIZES[2], gated=gated, dtype=torch.float32)
-        inputs = [t.detach() for t in inputs]
+    @pytest.mark.parametrize("top_k", [None, 2])
+    def test_what_the_compiler_is_told(self, gated, top_k):
+        inputs, plan = operands(SIZES[2], gated=gated, top_k=top_k, dtype=torch.float32)
+        inputs = [None if t is None else t.detach() for t in inputs]
         for keep in (False, True):
             torch.library.opcheck(
                 torch.ops.ecomoe.feed_forward.default,
-                (*inputs, ends_E, "gelu", keep),
+                (*inputs, *plan, "gelu", keep),
                 test_utils=("test_schema", "test_faketensor"),
             )
-        x_SD, up_EGD, _, down_EFH, _ = inputs
-        y_SF, pre_SG = feed_forward(*inputs, ends_E, "gelu", True)
+        x_ND, gates_NK, up_EGD, _, down_EFH, down_bias_EF = inputs
+        y_NF, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
         for has_biases in (False, True):
-            arguments = (y_SF, x_SD, pre_SG, up_EGD, down_EFH, ends_E, "gelu", has_biases)
+            operators = x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias_EF
             torch.library.opcheck(
                 torch.ops.ecomoe.feed_forward_backward.default,
-                arguments,
+                (y_NF, *operators, *plan, "gelu", has_biases),
                 test_utils=("test_schema", "test_faketensor"),
             )
+
+
+def test_gates_of_experts_that_are_nearly_alike():
+    """What tells their gates' gradients apart is less than one rounding of these in 16 bits."""
+    torch.manual_seed(0)
+    (x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, _), plan = operands(
+        (64, 128, 64, [600, 600]), dtype=torch.float32
+    )
+    wide = [x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH * 0.01 + down_EFH[:1]]
+    narrow = [t.detach().bfloat16() for t in wide]
+    narrow[1] = gates_NK.detach().requires_grad_()
+    y_NF, _ = feed_forward(*narrow, None, *plan, "gelu", True)
+    reference = [t.detach().double() for t in narrow]
+    reference[1].requires_grad_()
+    expected = one_by_one(*reference, None, plan, "gelu")
+    # A slope along the output: the terms of <slope, y> have one sign, and add up.
+    y_NF.backward(y_NF.detach())
+    expected.backward(y_NF.detach().double())
+    error = (narrow[1].grad - reference[1].grad).abs() / reference[1].grad.abs().clamp_min(1.0)
+    assert error.median() < 2**-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_broken_slot_stays_with_its_expert(dtype):
-    inputs, ends_E = operands((140, 4, 3, 4, [40, 60, 40]), dtype=dtype)
+@pytest.mark.parametrize("counts", [[40, 60, 40], [20, 0, 20, 20, 20, 20, 20, 20]])
+def test_a_broken_slot_stays_with_its_expert(counts, dtype):
+    inputs, plan = operands((4, 3, 4, counts), top_k=None, dtype=dtype)
+    broken = sum(counts[:1]) + 5 if counts[1] else 0
     with torch.no_grad():
-        inputs[0][45] = torch.nan
-    y_SF, _ = feed_forward(*inputs, ends_E, "gelu", True)
-    broken = y_SF.isnan().any(1).nonzero().flatten()
-    assert broken.tolist() == [45]
-    y_SF.nansum().backward()
-    for name, tensor in zip(NAMES[1:], inputs[1:], strict=True):
+        inputs[0][broken] = torch.nan
+    y_NF, _ = feed_forward(*inputs, *plan, "gelu", True)
+    assert y_NF.isnan().any(1).nonzero().flatten().tolist() == [broken]
+    y_NF.nansum().backward()
+    own = int((plan[1] <= broken).sum())
+    for name, tensor in zip(NAMES[2:], inputs[2:], strict=True):
         finite = tensor.grad.flatten(1).isfinite().all(1)
-        assert finite[[0, 2]].all(), name
-        assert finite[1] == (name == "down bias"), name
+        assert finite[torch.arange(len(counts)) != own].all(), name
+        assert finite[own] == (name == "down bias"), name
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_threads_change_nothing_but_rounding(num_threads):
-    inputs, ends_E = operands((4000, 8, 16, 8, [100, 1900, 700, 0, 1300]), dtype=torch.float64)
+    inputs, plan = operands((8, 16, 8, [100, 1900, 700, 0, 1300]), dtype=torch.float64)
     before = torch.get_num_threads()
     results = []
     for number in (1, num_threads):
         torch.set_num_threads(number)
         try:
-            y_SF, _ = feed_forward(*inputs, ends_E, "gelu", True)
-            results.append([y_SF, *torch.autograd.grad(y_SF.square().sum(), inputs)])
+            y_NF, _ = feed_forward(*inputs, *plan, "gelu", True)
+            results.append([y_NF, *torch.autograd.grad(y_NF.square().sum(), inputs)])
         finally:
             torch.set_num_threads(before)
     for one, several in zip(*results, strict=True):
@@ -240,3 +306,59 @@ class TestWhenItIsTaken:
         nn.utils.parametrize.register_parametrization(experts.up_proj, "weight", Double())
         torch.manual_seed(0)
         torch.testing.assert_close(self.run(experts), 2 * plain)
+
+
+class TestLayer:
+    """The layer goes from tokens to sums in one operator, and slot by slot where somebody looks."""
+
+    @staticmethod
+    def step(layer, x):
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        (y.float().square().sum() + ecomoe.aux_loss(layer)).backward()
+        return {"y": y, "x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("top_k", [1, 2, 3])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_both_ways_agree(self, top_k, gated, dtype):
+        torch.manual_seed(0)
+        layer = ecomoe.EcoMoE(8, 16, tiers=(3, 2), top_k=top_k, gated=gated, spread=1.0)
+        layer.to(dtype)
+        # No token goes to the last expert.
+        layer.router.score.bias.data[-1] = -50.0
+        x = torch.randn(300, 8).to(dtype)
+        together = self.step(layer, x)
+        seen = []
+        handle = layer.experts.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+        apart = self.step(layer, x)
+        handle.remove()
+        assert seen == [(300 * top_k, 8)]
+        assert not together["experts.down_proj.weight"][-1].any()
+        for name, tensor in together.items():
+            assert_near(tensor, apart[name], dtype, name=name)
+
+    def test_without_gradients(self):
+        layer = ecomoe.EcoMoE(8, 16, tiers=(3, 2))
+        x = torch.randn(30, 8)
+        expected = layer(x)
+        with torch.no_grad():
+            assert_near(layer(x), expected, torch.float32)
+            assert layer(x[:0]).shape == (0, 8)
+
+    def test_what_is_kept_for_backward(self):
+        layer = ecomoe.EcoMoE(32, 64, tiers=(4,))
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(4096, 32, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+        for weight in layer.parameters():
+            kept.pop(weight.untyped_storage().data_ptr(), None)
+        dense = 4 * 4096 * (32 + 2 * 128)  # tokens, and the hidden layer before and after gelu
+        assert sum(kept.values()) < 0.9 * dense

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecomoe.feed_forward import feed_forward
-from ecomoe.pieces import MAX_PIECE_ROWS, MAX_ROWS, cut, padded_rows
+from ecomoe.pieces import MAX_PIECE_ROWS, MAX_ROWS, Layout, cut, most_rows, padded_rows
 
 COUNTS = st.lists(st.integers(0, 70) | st.integers(900, 2200), min_size=1, max_size=20)
 
@@ -33,13 +33,38 @@ def test_each_slot_is_in_one_piece_with_its_expert(counts, dtype):
             begun.add(expert)
 
 
+@given(COUNTS, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_each_row_belongs_to_a_slot_of_its_expert(counts, dtype):
+    ends_E = torch.tensor(counts).cumsum(0)
+    layout = Layout(ends_E, dtype)
+    num_slots = sum(counts)
+    assert layout.slots_R[layout.rows_S].tolist() == list(range(num_slots))
+    assert layout.own_R[layout.rows_S].all()
+    assert int(layout.own_R.sum()) == num_slots
+    assert len(layout.slots_R) <= most_rows(num_slots, len(counts), dtype)
+    assert layout.most_rows <= MAX_PIECE_ROWS
+    experts_S = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    begin = 0
+    for piece in layout.pieces:
+        assert piece.begin == begin
+        for expert, (start, end) in enumerate(piece.spans, piece.expert):
+            slots = layout.slots_R[begin : begin + piece.rows]
+            if end > start:
+                assert (experts_S[slots] == expert).all()
+                assert ((start <= slots) & (slots < end)).all()
+            begin += piece.rows
+    order_S = torch.randperm(num_slots)
+    assert torch.equal(layout.rows_of(order_S)[order_S], layout.rows_S)
+
+
 @pytest.mark.parametrize("rows", [1023, 1024, 1025, 1500, 2048, 2049])
 def test_several_experts_with_about_the_most_rows(rows):
     torch.manual_seed(0)
     up_EHD, down_EDH = torch.randn(3, 5, 4), torch.randn(3, 4, 5)
     x_SD = torch.randn(3 * rows, 4)
     ends_E = torch.tensor([rows, 2 * rows, 3 * rows], dtype=torch.int32)
-    y_SD = feed_forward(x_SD, up_EHD, None, down_EDH, None, ends_E, "relu", False)[0]
+    order_S = torch.arange(3 * rows)
+    y_SD = feed_forward(x_SD, None, up_EHD, None, down_EDH, None, order_S, ends_E, "relu", False)[0]
     expected = torch.cat(
         [(x_SD[e * rows : (e + 1) * rows] @ up_EHD[e].T).relu() @ down_EDH[e].T for e in range(3)]
     )
