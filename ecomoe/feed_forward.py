@@ -34,9 +34,11 @@ from ecomoe.pieces import (
     product,
 )
 
+# Slots up to which they are computed one by one, as in the decoding of one token.
+FEW_SLOTS = 8
 
-@torch.library.custom_op("ecomoe::feed_forward", mutates_args=())
-def feed_forward(
+
+def forward_alone(
     x_ND: Tensor,
     gates_NK: Tensor | None,
     up_EGD: Tensor,
@@ -50,25 +52,35 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gate-weighted sum of each token's experts ``(N, F)``, and the pre-activations.
 
+    What `feed_forward` computes; it may be called itself where nothing is differentiated, traced or
+    compiled: the call of an operator takes as long as five small ones of torch's.
+
     Without gates, a token has one expert, whose output it gets. The layer is gated where ``up_EGD``
     gives twice the features that ``down_EFH`` takes. The pre-activations ``(R, G)`` have no rows
     unless they are to be kept for a backward pass, else as many as any routing may need.
     """
     top_k = 1 if gates_NK is None else gates_NK.shape[1]
     tokens_S = order_S // top_k
-    d_hidden, width = down_EFH.shape[2], up_EGD.shape[1]
-    layout = Layout(ends_E, x_ND.dtype)
-    most = most_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype)
-    pre_RG = buffers.empty(x_ND, (most if keep else 0, width))
+    num_slots, d_hidden, width = len(order_S), down_EFH.shape[2], up_EGD.shape[1]
+    most = most_rows(num_slots, up_EGD.shape[0], x_ND.dtype) if keep else 0
+    pre_RG = buffers.empty(x_ND, (most, width))
+    if num_slots <= FEW_SLOTS and not keep:
+        operands = up_EGD, up_bias_EG, down_EFH, down_bias_EF
+        return _one_by_one(x_ND, gates_NK, *operands, order_S, ends_E, activation), pre_RG
     if _are_few(x_ND, order_S, up_EGD, down_EFH):
         pre_SG = grouped_product(x_ND.index_select(0, tokens_S), up_EGD, up_bias_EG, ends_E)
-        hidden_SH = _activate(pre_SG, activation, out=pre_SG.new_empty(len(pre_SG), d_hidden))
+        hidden_SH = _activate(pre_SG, activation, out=pre_SG.new_empty(num_slots, d_hidden))
         y_SF = grouped_product(hidden_SH, down_EFH, down_bias_EF, ends_E)
-        for piece in layout.pieces if keep else ():
-            piece.take(pre_SG, layout.slots_R, piece.of(pre_RG).view(-1))
-        slots_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
+        slots_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(num_slots))
+        if keep:
+            layout = Layout(ends_E, x_ND.dtype)
+            for piece in layout.pieces:
+                piece.take(pre_SG, layout.slots_R, piece.of(pre_RG).view(-1))
         return _sum_of_rows(y_SF, slots_S, gates_NK), pre_RG
-    y_RF = buffers.empty(x_ND, (most, down_EFH.shape[1]))
+    layout = Layout(ends_E, x_ND.dtype)
+    y_RF = buffers.empty(
+        x_ND, (most_rows(num_slots, up_EGD.shape[0], x_ND.dtype), down_EFH.shape[1])
+    )
     tokens_R = tokens_S[layout.slots_R]
     x, pre, hidden = (
         x_ND.new_empty(layout.most_rows * each) for each in (x_ND.shape[1], width, d_hidden)
@@ -81,6 +93,34 @@ def feed_forward(
         hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
         affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=piece.of(y_RF))
     return _sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
+
+
+def _one_by_one(
+    x_ND: Tensor,
+    gates_NK: Tensor | None,
+    up_EGD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_EFH: Tensor,
+    down_bias_EF: Tensor | None,
+    order_S: Tensor,
+    ends_E: Tensor,
+    activation: str,
+) -> Tensor:
+    num_slots, top_k = len(order_S), 1 if gates_NK is None else gates_NK.shape[1]
+    y_SF = x_ND.new_empty(num_slots, down_EFH.shape[1])
+    experts = expert_of_slot(ends_E, num_slots).tolist()
+    for slot, expert in zip(order_S.tolist(), experts, strict=True):
+        up_bias, down_bias = (b if b is None else b[expert] for b in (up_bias_EG, down_bias_EF))
+        pre_1G = F.linear(x_ND[slot // top_k].unsqueeze(0), up_EGD[expert], up_bias)
+        hidden_1H = _activate(pre_1G, activation, out=pre_1G.new_empty(1, down_EFH.shape[2]))
+        y_SF[slot : slot + 1] = F.linear(hidden_1H, down_EFH[expert], down_bias)
+    if gates_NK is None:
+        return y_SF
+    y_NKF = y_SF.view(*gates_NK.shape, y_SF.shape[1])
+    return torch.bmm(gates_NK.to(y_SF.dtype).unsqueeze(1), y_NKF).squeeze(1)
+
+
+feed_forward = torch.library.custom_op("ecomoe::feed_forward", forward_alone, mutates_args=())
 
 
 @feed_forward.register_fake

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tolerances import assert_near
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ecomoe
 from ecomoe import experts as experts_module
@@ -113,6 +114,20 @@ class TestAgainstSingleExperts:
             alone_NF, none_RG = feed_forward(*inputs, *plan, "gelu", False)
         assert torch.equal(alone_NF, y_NF)
         assert none_RG.shape == (0, 4)
+
+    @pytest.mark.parametrize("counts", [[0, 0], [0, 2, 0], [2, 1, 0, 1], [3, 0, 5]])
+    @pytest.mark.parametrize("top_k", [None, 1, 2])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("bias", [False, True, "up", "down"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_few_slots_without_a_backward_pass(self, counts, top_k, gated, bias, dtype):
+        size = (4, 3, 5, counts)
+        inputs, plan = operands(size, top_k=top_k, gated=gated, bias=bias, dtype=dtype)
+        wide = [t if t is None else t.detach().double() for t in inputs]
+        with torch.no_grad():
+            y_NF, _ = feed_forward(*inputs, *plan, "silu", False)
+        assert y_NF.dtype == dtype
+        assert_near(y_NF, one_by_one(*wide, plan, "silu"), dtype)
 
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("top_k", [None, 2])
@@ -362,3 +377,12 @@ class TestLayer:
             kept.pop(weight.untyped_storage().data_ptr(), None)
         dense = 4 * 4096 * (32 + 2 * 128)  # tokens, and the hidden layer before and after gelu
         assert sum(kept.values()) < 0.9 * dense
+
+    @pytest.mark.parametrize("num_tokens", [1, 40])
+    def test_a_trace_holds_for_other_routings(self, num_tokens):
+        layer = ecomoe.EcoMoE(8, 16, tiers=(3, 2), spread=1.0).eval()
+        with torch.no_grad():
+            graph = make_fx(layer)(torch.randn(num_tokens, 8))
+            for _ in range(4):
+                x = torch.randn(num_tokens, 8)
+                assert_near(graph(x), layer(x), torch.float32)
