@@ -9,11 +9,17 @@ Axes: N tokens, E experts, D input features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe.pieces import for_host
 from ecomoe.routing import without_autocast
+
+# Scores of which several passes stay in the cache: 1 MiB in 32 bits.
+CACHED = 2**18
 
 
 def mean_probabilities(logits_NE: Tensor, *, values_NE: Tensor | None = None) -> Tensor:
@@ -39,12 +45,41 @@ def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tenso
     return _LinearTwice.apply(x_ND, weight_ED, bias_E)  # type: ignore[no-any-return]
 
 
+def _blocks(logits_NE: Tensor, *, at_once: bool = False) -> list[slice]:
+    """Return rows to compute at a time, so that all that is made of them stays in the cache.
+
+    They are all rows where a compiler or a transform looks, and on an accelerator.
+    """
+    whole = [slice(None)]
+    if at_once or torch.compiler.is_compiling() or not for_host(logits_NE):
+        return whole
+    num_tokens, num_experts = logits_NE.shape
+    rows = max(CACHED // max(num_experts, 1), 1)
+    starts = range(0, num_tokens, rows)
+    return [slice(start, start + rows) for start in starts] if len(starts) > 1 else whole
+
+
+def _by_blocks(gradient: Callable[[Tensor], Tensor], logits_NE: Tensor, *, at_once: bool) -> Tensor:
+    """Return a function of the rows of the logits."""
+    blocks = _blocks(logits_NE, at_once=at_once)
+    if len(blocks) == 1:
+        return gradient(logits_NE)
+    out_NE = torch.empty_like(logits_NE)
+    for block in blocks:
+        out_NE[block] = gradient(logits_NE[block])
+    return out_NE
+
+
 class _MeanProbabilities(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits_NE: Tensor, values_NE: Tensor | None) -> Tensor:
-        return torch.softmax(logits_NE, dim=-1).mean(0)
+        blocks = _blocks(logits_NE)
+        if len(blocks) == 1:
+            return torch.softmax(logits_NE, dim=-1).mean(0)
+        sums = [torch.softmax(logits_NE[block], dim=-1).sum(0) for block in blocks]
+        return torch.stack(sums).sum(0) / logits_NE.shape[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -54,9 +89,14 @@ class _MeanProbabilities(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
         (logits_NE,) = ctx.saved_tensors
-        probs_NE = torch.softmax(logits_NE, dim=-1)
         slope_E = grad_E / logits_NE.shape[0]
-        return probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True)), None
+
+        def gradient(logits_NE: Tensor) -> Tensor:
+            probs_NE = torch.softmax(logits_NE, dim=-1)
+            found: Tensor = probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True))
+            return found
+
+        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
 
 
 class _MeanEntropy(torch.autograd.Function):
@@ -64,8 +104,12 @@ class _MeanEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
-        log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
-        return -(log_probs_NE.exp() * log_probs_NE).sum(-1).mean()
+        sums = []
+        for block in _blocks(logits_NE):
+            log_probs_NE = torch.log_softmax(logits_NE[block] / temperature, dim=-1)
+            sums.append((log_probs_NE.exp() * log_probs_NE).sum())
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        return -total / logits_NE.shape[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -78,11 +122,16 @@ class _MeanEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         logits_NE, *rest = ctx.saved_tensors
         temperature = rest[0] if rest else ctx.temperature
-        log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
-        probs_NE = log_probs_NE.exp()
-        entropy_N1 = -(probs_NE * log_probs_NE).sum(-1, keepdim=True)
-        scale = grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
-        return -probs_NE * (log_probs_NE + entropy_N1) * scale, None
+        scale = -grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
+
+        def gradient(logits_NE: Tensor) -> Tensor:
+            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+            probs_NE = log_probs_NE.exp()
+            entropy_N1 = -(probs_NE * log_probs_NE).sum(-1, keepdim=True)
+            found: Tensor = probs_NE * (log_probs_NE + entropy_N1) * scale
+            return found
+
+        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
 
 
 class _LinearTwice(torch.autograd.Function):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ecomoe import EcoMoE
+from ecomoe import EcoMoE, closed_form
 from ecomoe.closed_form import linear_twice, mean_entropy, mean_probabilities
 from ecomoe.routers import LinearRouter, Router
 
@@ -33,6 +33,18 @@ def test_values_and_two_derivatives(case):
     logits_NE = logits()
     torch.testing.assert_close(function(logits_NE), reference(logits_NE))
     assert torch.autograd.gradcheck(function, logits_NE)
+    assert torch.autograd.gradgradcheck(function, logits_NE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_some_rows_at_a_time(case, rows, monkeypatch):
+    function, reference = CASES[case]
+    logits_NE = logits()
+    monkeypatch.setattr(closed_form, "CACHED", rows * logits_NE.shape[1])
+    torch.testing.assert_close(function(logits_NE), reference(logits_NE))
+    gradients = [torch.autograd.grad(f(logits_NE).square().sum(), logits_NE) for f in CASES[case]]
+    torch.testing.assert_close(*gradients)
     assert torch.autograd.gradgradcheck(function, logits_NE)
 
 
