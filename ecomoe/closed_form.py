@@ -37,6 +37,22 @@ def mean_entropy(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
     return _MeanEntropy.apply(logits_NE, temperature)  # type: ignore[no-any-return]
 
 
+def mean_eighth_powers(
+    logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, *, values_NE: Tensor | None = None
+) -> Tensor:
+    """Return the mean of ``(softmax(logits) / unit)^8`` over tokens, 0 for first choices, ``(E,)``.
+
+    Args:
+        logits_NE: The scores, which get the gradient.
+        unit_E: What probabilities are measured in, so that powers keep within fp32.
+        first_N: The expert that each token chose first.
+        values_NE: As for `mean_probabilities`.
+    """
+    return _MeanEighthPowers.apply(  # type: ignore[no-any-return]
+        logits_NE, unit_E.detach(), first_N, values_NE
+    )
+
+
 def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x W^T + b`` in the weights' dtype, and once more without a gradient for the tokens.
 
@@ -97,6 +113,35 @@ class _MeanProbabilities(torch.autograd.Function):
             return found
 
         return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
+
+
+class _MeanEighthPowers(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, values_NE: Tensor | None
+    ) -> Tensor:
+        return _eighth_powers(torch.softmax(logits_NE, dim=-1), unit_E, first_N).mean(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        logits_NE, unit_E, first_N, values_NE = inputs
+        ctx.save_for_backward(logits_NE if values_NE is None else values_NE, unit_E, first_N)
+
+    @staticmethod
+    def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
+        logits_NE, unit_E, first_N = ctx.saved_tensors
+        probs_NE = torch.softmax(logits_NE, dim=-1)
+        slope_E = 8.0 * grad_E / logits_NE.shape[0]
+        pull_NE = _eighth_powers(probs_NE, unit_E, first_N) * slope_E
+        return pull_NE - probs_NE * pull_NE.sum(-1, keepdim=True), None, None, None
+
+
+def _eighth_powers(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:
+    # Far above the unit tokens count alike, and powers stay finite in fp32.
+    powers_NE = (probs_NE / unit_E).clamp_max(1024.0).square().square().square()
+    return powers_NE.scatter(-1, first_N.unsqueeze(-1), 0.0)
 
 
 class _MeanEntropy(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecomoe.closed_form import mean_entropy, mean_probabilities
+from ecomoe.closed_form import mean_eighth_powers, mean_entropy, mean_probabilities
 from ecomoe.routing import without_autocast
 
 
@@ -80,27 +80,58 @@ def balance_loss(shares: Shares) -> Tensor:
     return loss
 
 
-def starvation_loss(shares: Shares, *, floor: float) -> Tensor:
-    """Return ``-sum(w log importance)``, nats, where w is how far an expert is below the floor.
+def affinity(
+    logits_NE: Tensor,
+    expert_ids_NK: Tensor,
+    shares: Shares,
+    *,
+    values_NE: Tensor | None = None,
+) -> Tensor:
+    """Return how much other experts' tokens are inclined to each expert, ``(E,)``.
+
+    The mean over tokens of the eighth power of the expert's probability in units of its importance,
+    0 for tokens that choose it first. It is what `starvation_loss` raises; data-parallel ranks with
+    the same shares may average it.
+
+    Args:
+        logits_NE: Router scores, which get the gradient.
+        expert_ids_NK: The chosen experts, best first.
+        shares: How the tokens, or all ranks' tokens, are spread.
+        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
+    """
+    unit_E = _positive(shares.importance_E)
+    return mean_eighth_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE)
+
+
+def starvation_loss(shares: Shares, affinity_E: Tensor, *, floor: float) -> Tensor:
+    """Return ``-sum(w log m)``, nats, where w is how far an expert is below the floor.
 
     w goes from 0 at the floor to 1 for an expert without tokens, on the basis on which it has
-    fewer. What `balance_loss` does for a dying expert fades with its importance (``p log p``); here
-    its logits are raised by w in all however low they are, most on the tokens that are nearest to
-    choosing it. Where no expert starves, loss and gradient are 0, and routing is free.
+    fewer. m is the power mean, of order 8, of its probability over other experts' tokens. What
+    `balance_loss` does for a dying expert fades with its importance (``p log p``); here its logits
+    are raised by w in all however low they are, nearly all of it on those of others' tokens that
+    are most inclined to it. A mean of order 1 would bring it a little of everything: an expert that
+    lives and tells nothing. Where no expert starves, loss and gradient are 0, and routing is free.
 
     Args:
         shares: How the tokens are spread.
+        affinity_E: Their `affinity`, which carries the gradient.
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
     importance_E, top1_E, topk_E = shares
     usage_E = torch.minimum(top1_E, topk_E) * importance_E.numel()
     want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
-    return -(want_E * _log(importance_E)).sum()
+    log_mean_E = _log(affinity_E) / 8 + _log(importance_E.detach())
+    return -(want_E * log_mean_E).sum()
 
 
 def _log(share_E: Tensor) -> Tensor:
-    """Return the logarithm; finite, and without gradient, where a share has underflown in fp32."""
-    return share_E.clamp_min(torch.finfo(torch.float32).tiny).log()
+    """Return the logarithm; finite, and without gradient, where a share has underflowed in fp32."""
+    return _positive(share_E).log()
+
+
+def _positive(share_E: Tensor) -> Tensor:
+    return share_E.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ecomoe import arguments, losses
 from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
-from ecomoe.closed_form import mean_probabilities
 from ecomoe.control import Control
 from ecomoe.dispatch import Plan, combine, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import (
@@ -360,13 +359,16 @@ class EcoMoE(nn.Module):
         if self.reduce_shares is not None:
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
-        own_shares = shares
-        if self.usage_floor > 0 and routing.own_logits_NE is not None:
-            own_E = mean_probabilities(routing.own_logits_NE, values_NE=routing.logits_NE)
-            own_shares = here._replace(importance_E=own_E)
+        affinity_E = None
+        if self.usage_floor > 0 and self.strength * self.control.balance_weight > 0:
+            own_NE = routing.logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
+            affinity_E = losses.affinity(
+                own_NE, routing.expert_ids_NK, shares, values_NE=routing.logits_NE
+            )
             if self.reduce_shares is not None:
-                own_shares, _ = self.reduce_shares(own_shares, x_ND.shape[0])
-        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, own_shares)
+                own, _ = self.reduce_shares(here._replace(importance_E=affinity_E), x_ND.shape[0])
+                affinity_E = own.importance_E
+        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity_E)
         if not terms:
             return routing.weights_NK
         loss = self._weigh(terms) * share_of_ranks
@@ -387,22 +389,22 @@ class EcoMoE(nn.Module):
         y_NKF: Tensor | None,
         targets: Tensor | None,
         shares: losses.Shares,
-        own_shares: losses.Shares,
+        affinity_E: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the auxiliary losses of a call by name, scalars before their weights.
 
         A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
-        balances: of this call's tokens, or of all data-parallel ranks'. ``own_shares`` are the
-        same, but for a gradient that stays in the router: a pull towards starving experts must not
-        bend the tokens' features, which are to serve the task.
+        balances: of this call's tokens, or of all data-parallel ranks'. ``affinity_E`` is these
+        tokens' `losses.affinity`; its gradient stays in the router: a pull towards starving experts
+        must not bend the tokens' features, which are to serve the task.
         """
         logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
         control = self.control
         terms = {}
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
-            if self.usage_floor > 0:
-                starvation = losses.starvation_loss(own_shares, floor=self.usage_floor)
+            if affinity_E is not None:
+                starvation = losses.starvation_loss(shares, affinity_E, floor=self.usage_floor)
                 terms["starvation"] = starvation * self._sustain(starvation.dtype)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())

@@ -201,9 +201,15 @@ class LoopMoE:
         for e in range(num_experts):
             usage = num_experts * min(firsts.count(e) / len(firsts), slots.count(e) / len(slots))
             want = max(0.0, 1 - usage / self.layer.usage_floor)
-            importance = mean(self.softmax(scores)[e] for scores in logits)
+            chances = [self.softmax(scores)[e] for scores in logits]
             # As fp32 can tell it: the layer's router is that wide.
-            loss = loss - want * torch.log(importance.clamp_min(torch.finfo(torch.float32).tiny))
+            tiny = torch.finfo(torch.float32).tiny
+            unit = mean(chances).detach().clamp_min(tiny)
+            affinity = mean(
+                (chance / unit) ** 8 * (chosen[0] != e)
+                for chance, chosen in zip(chances, ids, strict=True)
+            )
+            loss = loss - want * (torch.log(affinity.clamp_min(tiny)) / 8 + torch.log(unit))
         return loss
 
     def entropy(self, logits):

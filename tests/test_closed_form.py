@@ -5,7 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from ecomoe import EcoMoE, closed_form
-from ecomoe.closed_form import linear_twice, mean_entropy, mean_probabilities
+from ecomoe.closed_form import (
+    linear_twice,
+    mean_eighth_powers,
+    mean_entropy,
+    mean_probabilities,
+)
 from ecomoe.routers import LinearRouter, Router
 
 
@@ -17,7 +22,18 @@ def entropy(logits_NE, temperature):
     return torch.special.entr(torch.softmax(logits_NE / temperature, -1)).sum(-1).mean()
 
 
+UNIT_E = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.2], dtype=torch.float64)
+
+
+def others(logits_NE):
+    return 1 - F.one_hot(logits_NE.argmax(-1), 5)
+
+
 CASES = {
+    "eighth powers": (
+        lambda z: mean_eighth_powers(z, UNIT_E, z.argmax(-1)),
+        lambda z: (torch.softmax(z, -1) / UNIT_E * others(z)).pow(8).mean(0),
+    ),
     "probabilities": (mean_probabilities, lambda z: torch.softmax(z, -1).mean(0)),
     "entropy": (lambda z: mean_entropy(z, 0.7), lambda z: entropy(z, 0.7)),
     "entropy at a tensor": (
@@ -58,11 +74,13 @@ def test_all_means_keep_one_matrix():
 
     logits_NE = logits()
     own_NE = logits_NE.detach().clone().requires_grad_()
+    first_N = logits_NE.argmax(-1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         mean_probabilities(logits_NE)
         mean_entropy(logits_NE, torch.tensor(2.0))
         mean_probabilities(own_NE, values_NE=logits_NE)
-    assert kept == {logits_NE.untyped_storage().data_ptr()}
+        mean_eighth_powers(own_NE, torch.tensor(0.2), first_N, values_NE=logits_NE)
+    assert kept == {tensor.untyped_storage().data_ptr() for tensor in (logits_NE, first_N)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

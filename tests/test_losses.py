@@ -36,6 +36,11 @@ def shares_of(logits_NE, top_k):
     return losses.routing_shares(logits_NE, logits_NE.topk(top_k, -1).indices)
 
 
+def starvation(logits_NE, shares, *, floor=0.5):
+    affinity_E = losses.affinity(logits_NE, logits_NE.topk(1, -1).indices, shares)
+    return losses.starvation_loss(shares, affinity_E, floor=floor)
+
+
 class TestBalance:
     @given(logits(), st.data())
     def test_never_negative(self, logits_NE, data):
@@ -112,30 +117,49 @@ class TestStarvation:
         ids_NK = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]).unsqueeze(1)
         logits_NE = fp64(8, 3)
         shares = losses.routing_shares(logits_NE, ids_NK)
-        loss = losses.starvation_loss(shares, floor=0.5)
+        loss = starvation(logits_NE, shares)
         loss.backward()
         assert loss == 0.0
         assert not logits_NE.grad.any()
 
     @pytest.mark.parametrize("basis", [1, 2])
     def test_value_and_gradient_on_either_basis(self, basis):
-        importance_E = torch.softmax(fp64(4, grad=False), -1).requires_grad_()
+        logits_NE = fp64(6, 4)
+        probs_NE = torch.softmax(logits_NE, -1)
         even_E = torch.full((4,), 0.25, dtype=torch.float64)
         # Usage 0.2 of uniform for the first, and none for the second.
         starved_E = torch.tensor([0.05, 0.0, 0.45, 0.5], dtype=torch.float64)
-        shares = [importance_E, even_E, even_E]
+        shares = [probs_NE.mean(0), even_E, even_E]
         shares[basis] = starved_E
-        loss = losses.starvation_loss(Shares(*shares), floor=0.5)
-        want_E = torch.tensor([0.6, 1.0, 0.0, 0.0], dtype=torch.float64)
-        torch.testing.assert_close(loss, -(want_E * importance_E.log()).sum())
-        (gradient,) = torch.autograd.grad(loss, importance_E)
-        torch.testing.assert_close(gradient, -want_E / importance_E.detach())
+        loss = starvation(logits_NE, Shares(*shares))
+        chosen_NE = F.one_hot(logits_NE.argmax(-1), 4)
+        mean_E = (probs_NE * (1 - chosen_NE)).pow(8).mean(0).pow(1 / 8)
+        expected = -(0.6 * mean_E[0].log() + 1.0 * mean_E[1].log())
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, logits_NE), torch.autograd.grad(expected, logits_NE)
+        )
 
     def test_vanishes_continuously_at_the_floor(self):
-        importance_E = torch.tensor([0.1, 0.9])
+        logits_NE = torch.tensor([[0.1, 0.9]]).log()
         usage_E = torch.tensor([0.24, 0.76])
-        loss = losses.starvation_loss(Shares(importance_E, usage_E, usage_E), floor=0.5)
-        torch.testing.assert_close(loss, -0.04 * importance_E[0].log())
+        shares = Shares(logits_NE.exp()[0], usage_E, usage_E)
+        torch.testing.assert_close(
+            starvation(logits_NE, shares), torch.tensor(-0.04 * math.log(0.1))
+        )
+
+    def test_most_of_the_pull_is_on_tokens_of_others_that_are_inclined_to_the_expert(self):
+        # One token is the third expert's own; a quarter of the others are inclined to it.
+        logits_NE = torch.zeros(41, 3, dtype=torch.float64)
+        logits_NE[:20, 0] = 2.0
+        logits_NE[20:40, 1] = 2.0
+        logits_NE[:10, 2] = 1.0
+        logits_NE[40, 2] = 1.0
+        logits_NE.requires_grad_()
+        (gradient,) = torch.autograd.grad(starvation(logits_NE, shares_of(logits_NE, 1)), logits_NE)
+        pull_N = -gradient[:, 2]
+        assert pull_N[:10].sum() > 0.8 * pull_N[:40].sum() > 0
+        assert pull_N[40] == 0.0
 
     @pytest.mark.parametrize("below", [1.0, 10.0, 60.0])
     def test_pull_on_a_dead_expert_does_not_fade_as_it_sinks(self, below):
@@ -143,7 +167,7 @@ class TestStarvation:
         logits_NE[:, 0] -= 4 + below
         logits_NE = logits_NE.requires_grad_()
         shares = shares_of(logits_NE, 2)
-        (gradient,) = torch.autograd.grad(losses.starvation_loss(shares, floor=0.5), logits_NE)
+        (gradient,) = torch.autograd.grad(starvation(logits_NE, shares), logits_NE)
         assert -1.0 <= gradient[:, 0].sum() <= -0.9
         # Most of it on the tokens that are nearest to choosing the expert.
         margin_N = logits_NE[:, 0] - logits_NE[:, 1:].logsumexp(-1)
@@ -152,7 +176,7 @@ class TestStarvation:
     def test_finite_where_the_importance_underflows(self):
         logits_NE = torch.tensor([[300.0, 0.0], [200.0, -100.0]], requires_grad=True)
         shares = shares_of(logits_NE, 1)
-        loss = losses.balance_loss(shares) + losses.starvation_loss(shares, floor=0.5)
+        loss = losses.balance_loss(shares) + starvation(logits_NE, shares)
         loss.backward()
         assert loss.isfinite()
         assert logits_NE.grad.isfinite().all()
@@ -166,16 +190,17 @@ class TestStarvation:
             bias_E.requires_grad_()
             optimizer = torch.optim.SGD([weight_ED, bias_E], lr=0.1)
             for step in range(300):
-                shares = shares_of(x_ND @ weight_ED.T + bias_E, 1)
+                logits_NE = x_ND @ weight_ED.T + bias_E
+                shares = shares_of(logits_NE, 1)
                 if shares.top1_E[0] > 0.05:
                     return step
                 optimizer.zero_grad()
-                loss(shares).backward()
+                loss(logits_NE, shares).backward()
                 optimizer.step()
             return 300
 
-        assert steps_to_revive(lambda shares: losses.starvation_loss(shares, floor=0.5)) < 100
-        assert steps_to_revive(losses.balance_loss) == 300
+        assert steps_to_revive(starvation) < 100
+        assert steps_to_revive(lambda _, shares: losses.balance_loss(shares)) == 300
 
 
 class TestEntropy:
@@ -356,7 +381,7 @@ def test_every_loss_is_a_scalar_in_the_dtype_of_its_input(dtype):
     ids_NK = logits_NE.topk(2, -1).indices
     for loss in (
         losses.balance_loss(losses.routing_shares(logits_NE, ids_NK)),
-        losses.starvation_loss(losses.routing_shares(logits_NE, ids_NK), floor=1.0),
+        starvation(logits_NE, losses.routing_shares(logits_NE, ids_NK), floor=1.0),
         losses.entropy_loss(logits_NE, temperature=torch.tensor(2.0)),
         losses.oracle_loss(logits_NE, torch.softmax(logits_NE, -1)),
         losses.z_loss(logits_NE),
