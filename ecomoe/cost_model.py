@@ -2,7 +2,8 @@
 
 Every operation reads its operands once and writes its result once, and takes as long as its
 arithmetic or its memory traffic, whichever is longer: Williams, Waterman and Patterson's roofline
-(2009). `docs/benchmarks.md` says how near that comes to what is measured.
+(2009). Besides, each takes some time whatever its size. `docs/benchmarks.md` says how near that
+comes to what is measured.
 
 Axes: N tokens, D features, H hidden features of an expert, E experts, K experts chosen for a token,
 S = N * K slots.
@@ -10,6 +11,7 @@ S = N * K slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ecomoe import arguments
@@ -17,6 +19,12 @@ from ecomoe import arguments
 ADAM_STATES = 2
 STATE_BYTES = 4  # AdamW's two averages, and the wide copy of narrow weights, are fp32
 ROUTER_BYTES = 4  # the router computes in fp32
+PIECE = 8  # experts that one batched product is launched for, at most; see `ecomoe.pieces`
+
+# Seconds that an operation of a layer takes on a CPU whatever its size: the start of its threads,
+# and all small operators around it, forward and backward. The one constant that is fitted, to the
+# shapes of tests/benchmarks on 2 cores; docs/benchmarks.md has it fitted without each of them.
+CPU_OPERATION = 150e-6
 
 
 @dataclass(frozen=True)
@@ -26,14 +34,18 @@ class Operation:
     Attributes:
         flops: Floating-point operations, a multiply-add counted as two.
         bytes: Bytes read from and written to memory.
+        launches: In how many parts it is launched.
     """
 
     flops: float
     bytes: float
+    launches: int = 1
 
     def seconds(self, machine: Machine) -> float:
-        """Return the time on a machine: of arithmetic or of memory, whichever is longer."""
-        return max(self.flops / machine.flops_per_second, self.bytes / machine.bytes_per_second)
+        """Return the time on a machine: of arithmetic or of memory, and that of its launches."""
+        arithmetic = self.flops / machine.flops_per_second
+        memory = self.bytes / machine.bytes_per_second
+        return max(arithmetic, memory) + self.launches * machine.seconds_per_operation
 
 
 @dataclass(frozen=True)
@@ -62,15 +74,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """The two constants of one device.
+    """The constants of one device.
 
     Attributes:
         flops_per_second: What large matrix products reach.
         bytes_per_second: What memory reaches, reads and writes together.
+        seconds_per_operation: What an operation takes whatever its size; `CPU_OPERATION` on a CPU.
     """
 
     flops_per_second: float
     bytes_per_second: float
+    seconds_per_operation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("flops_per_second", "bytes_per_second"):
@@ -203,8 +217,10 @@ def experts_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Wo
     ups = layer.matrices - 1
     rows, hidden = slots * layer.d_model, slots * layer.d_hidden
 
+    launches = _pieces(used)
+
     def moving(values: float, flops: float = 0.0) -> Operation:
-        return Operation(flops, values * layer.itemsize)
+        return Operation(flops, values * layer.itemsize, launches)
 
     up_flops, down_flops = 2.0 * slots * ups * matrix, 2.0 * slots * matrix
     operations = [
@@ -221,6 +237,21 @@ def experts_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Wo
             moving(ups * hidden + rows + layer.num_experts * ups * matrix, up_flops),
         ]
     return Work(tuple(operations))
+
+
+def _pieces(used: float) -> int:
+    return math.ceil(used / PIECE)
+
+
+def recomputation_work(layer: LayerShape, *, tokens: int) -> Work:
+    """Return what the backward pass on a CPU computes besides: the activation again, and the gates.
+
+    A gate's gradient is the sum, over hidden features, of a product of two.
+    """
+    launches = _pieces(experts_in_use(layer, tokens=tokens))
+    hidden = tokens * layer.top_k * layer.d_hidden * layer.itemsize
+    again = Operation(0.0, float(layer.matrices * hidden), launches)
+    return Work((again, Operation(0.0, 4.0 * hidden, launches)))
 
 
 def dispatch_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
@@ -245,12 +276,13 @@ def router_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Wor
 
 
 def layer_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
-    """Return the work of the whole layer: router, dispatch, experts."""
-    return (
+    """Return the work of the whole layer on a CPU: router, dispatch, experts."""
+    work = (
         router_work(layer, tokens=tokens, training=training)
         + dispatch_work(layer, tokens=tokens, training=training)
         + experts_work(layer, tokens=tokens, training=training)
     )
+    return work + recomputation_work(layer, tokens=tokens) if training else work
 
 
 def dense_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:

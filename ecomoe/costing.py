@@ -110,7 +110,7 @@ def read_machine(given: argparse.Namespace) -> Machine:
         measured = measure_machine(dtype=dtype)
     rate = measured.flops_per_second if given.gflops is None else given.gflops * 1e9
     bandwidth = measured.bytes_per_second if given.gbytes is None else given.gbytes * 1e9
-    return Machine(rate, bandwidth)
+    return Machine(rate, bandwidth, cost.CPU_OPERATION)
 
 
 def read_cluster(given: argparse.Namespace) -> Cluster:
@@ -148,6 +148,7 @@ def costs(
         "router and losses": cost.router_work(layer, tokens=tokens),
         "dispatch and combine": cost.dispatch_work(layer, tokens=tokens),
         "experts": cost.experts_work(layer, tokens=tokens),
+        "recomputation, gates": cost.recomputation_work(layer, tokens=tokens),
         "whole layer": cost.layer_work(layer, tokens=tokens),
         "dense block": cost.dense_work(layer, tokens=tokens),
     }
@@ -218,7 +219,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"over the dense block: {found['over_dense']['training']:.2f} in training, "
         f"{found['over_dense']['forward']:.2f} in a forward pass, at "
         f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s and "
-        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s",
+        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, and "
+        f"{_time(machine['seconds_per_operation'])} an operation",
         "",
         f"all layers, {found['tokens']:,} tokens a device, {found['cluster']}",
         f"{'experts':>8}{'devices':>9}{'weights':>10}{'memory':>12}{'sent':>12}{'compute':>11}"

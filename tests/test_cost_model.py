@@ -53,6 +53,28 @@ def test_dispatch_and_router_by_hand():
     assert router.bytes == 4 * (40 + 20) + 4 * 6 * 20
 
 
+def test_recomputation_by_hand():
+    # 10 slots of 8 hidden features: read and written for the activation, two read, one written and
+    # read again for the gates. Gated, the activation reads two.
+    plain, gates = cost.recomputation_work(TINY, tokens=10).operations
+    assert (plain.bytes, gates.bytes) == (4 * 160, 4 * 320)
+    gated = LayerShape(4, 8, num_experts=2, top_k=1, gated=True, router_hidden=0)
+    assert cost.recomputation_work(gated, tokens=10).operations[0].bytes == 4 * 240
+    step = cost.layer_work(TINY, tokens=10)
+    parts = [cost.router_work, cost.dispatch_work, cost.experts_work, cost.recomputation_work]
+    assert step.bytes == sum(part(TINY, tokens=10).bytes for part in parts)
+
+
+def test_experts_are_launched_some_at_a_time():
+    many = LayerShape(4, 8, num_experts=20, top_k=20, router_hidden=0)
+    machine = Machine(1e9, 1e9, seconds_per_operation=1.0)
+    work = cost.experts_work(many, tokens=10)
+    assert [operation.launches for operation in work.operations] == [3] * 8
+    assert work.seconds(machine) == pytest.approx(24.0 + work.seconds(MACHINE))
+    dense = cost.dense_work(many, tokens=10)
+    assert dense.seconds(machine) == pytest.approx(8.0 + dense.seconds(MACHINE))
+
+
 def test_every_expert_gets_a_gradient_and_the_used_alone_are_read():
     few = LayerShape(4, 8, num_experts=1000, top_k=1, router_hidden=0)
     one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
@@ -161,7 +183,7 @@ def test_command_prints_the_model(capsys):
     assert main(["cost", *sizes, *GIVEN, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     layer = LayerShape(512, 1024, num_experts=16)
-    machine = Machine(180e9, 10e9)
+    machine = Machine(180e9, 10e9, cost.CPU_OPERATION)
     assert found["over_dense"]["training"] == cost.over_dense(layer, tokens=4096, machine=machine)
     rows = [(row["experts"], row["devices"]) for row in found["spread"]]
     assert rows == [(e, p) for e in (64, 512, 4096) for p in (8, 64, 1024)]

@@ -59,6 +59,7 @@ def layer_shape(shape: Shape) -> LayerShape:
         top_k=shape.top_k,
         gated=shape.gated,
         itemsize=DTYPES[shape.dtype].itemsize,
+        router_hidden=0,
     )
 
 
@@ -67,6 +68,35 @@ def predicted(shape: Shape, machine: Machine, *, training: bool = True) -> float
     return cost_model.over_dense(
         layer_shape(shape), tokens=shape.tokens, machine=machine, training=training
     )
+
+
+def error(record: dict[str, Any], machines: dict[str, Machine]) -> float:
+    """Return how far the cost model is off the measured ratio, relative to it."""
+    shape = Shape(**record["shape"])
+    return predicted(shape, machines[shape.dtype]) / over_dense(record) - 1.0
+
+
+def left_out(
+    records: list[dict[str, Any]], machines: dict[str, Machine]
+) -> list[tuple[float, float]]:
+    """Fit the seconds of an operation to all records but one; return them, and the error there."""
+    found = []
+    # Errors do not depend on which is left out: one table of them, by candidate and record.
+    candidates = [10e-6 * step for step in range(51)]
+    table = []
+    for seconds in candidates:
+        tried = {
+            name: replace(machine, seconds_per_operation=seconds)
+            for name, machine in machines.items()
+        }
+        table.append([error(record, tried) for record in records])
+    for place in range(len(records)):
+        sums = [
+            sum(math.log1p(off) ** 2 for i, off in enumerate(row) if i != place) for row in table
+        ]
+        best = sums.index(min(sums))
+        found.append((candidates[best], table[best][place]))
+    return found
 
 
 def verdicts(records: Records, machines: dict[str, Machine]) -> list[Verdict]:
