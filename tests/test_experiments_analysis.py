@@ -68,8 +68,10 @@ def test_pairs_see_what_spread_between_seeds_hides():
     assert paired_not_worse([1.0], [2.0], margin=0.1) is None
 
 
-def test_claim_4_sees_every_number_of_experts_by_a_relative_threshold():
-    def run(classes, num_experts, dead, e=1.0):
+class TestClaim4:
+    judge = staticmethod(next(claim.judge for claim in CLAIMS if claim.label == "4"))
+
+    def run(self, classes, num_experts, dead, e=1.0):
         layer = {"num_experts": num_experts, "dead_relative": {"top1": dead}}
         return {
             "data": {"classes": classes},
@@ -79,12 +81,27 @@ def test_claim_4_sees_every_number_of_experts_by_a_relative_threshold():
             "seed": 0,
         }
 
-    judge = next(claim.judge for claim in CLAIMS if claim.label == "4")
-    found = {"low-e": {"runs": [run(10, 16, 0), run(10, 16, 9, e=0.3)]}}
-    found |= {"tiny-32": {"runs": [run(80, 32, 8), run(80, 16, 2)]}}
-    verdict = judge(found)
-    assert "10: 0.0 (1), 80: 3.0 (2)" in verdict.why
-    assert verdict.word == "reproduced"
+    def test_sees_every_number_of_experts_by_a_relative_threshold(self):
+        found = {"low-e": {"runs": [self.run(10, 16, 0), self.run(10, 16, 9, e=0.3)]}}
+        found |= {"tiny-32": {"runs": [self.run(80, 32, 8), self.run(80, 16, 2)]}}
+        verdict = self.judge(found)
+        assert "10: 0.0 (1), 80: 3.0 (2)" in verdict.why
+        assert verdict.word == "reproduced"
+
+    @pytest.mark.parametrize(
+        ("at_low_e", "at_high_e", "word"),
+        [(9, 2, "qualified"), (0, 3, "qualified"), (0, 0, "refuted")],
+    )
+    def test_needs_an_e_at_which_deaths_begin(self, at_low_e, at_high_e, word):
+        runs = [
+            self.run(classes, 16, dead, e=e)
+            for classes in (2, 80)
+            for e, dead in (
+                (0.1, at_low_e if classes > 2 else 0),
+                (1.0, at_high_e if classes > 2 else 0),
+            )
+        ]
+        assert self.judge({"class-count": {"runs": runs}}).word == word
 
 
 def test_fit_of_complexity_finds_the_form_it_was_made_of():
