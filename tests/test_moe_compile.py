@@ -127,6 +127,16 @@ class TestLayer:
         assert counter.frame_count <= MAX_GRAPHS
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_training_at_changing_sizes(self, dtype):
+        layer, eager, _ = build("plain", dtype)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=counter)
+        for num_tokens in (3, 9, 50, 300):
+            x = torch.randn(num_tokens, layer.d_model).to(dtype)
+            assert_steps_agree(step(compiled, layer, x), step(eager, eager, x), dtype)
+        assert counter.frame_count <= MAX_GRAPHS
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_evaluation_at_changing_temperatures_and_sizes(self, dtype):
         layer, eager, _ = build("plain", dtype)
         counter = CompileCounterWithBackend("aot_eager")

@@ -232,8 +232,8 @@ def _memory(records: Records) -> list[Verdict]:
             "bytes saved for backward over dense at most 1.1 (4,096 tokens and more)",
             f"{min(ratios.values()):.2f} to {ratios[worst]:.2f}",
             ratios[worst] <= 1.1,
-            f"most at {worst}: tokens once a slot and slots' outputs stand where dense keeps its "
-            f"activation, and {_scores_share(records[worst]):.0%} are the router's scores",
+            f"most at {worst}: what is kept of the hidden layer has room for the most rows that a "
+            f"routing may need, and {_scores_share(records[worst]):.0%} are the router's scores",
         )
     ]
 
