@@ -61,7 +61,7 @@ def convert(
     oracle: Oracle | None = None,
     divergence_weight: float = 0.0,
     z_weight: float = 0.0,
-    strength: float = 0.03,
+    strength: float = 0.01,
     warmup_fraction: float = 0.0,
     hops: int = 1,
     verbose: bool = True,
@@ -86,7 +86,7 @@ def convert(
             (Drop-Upcycling). ``"random"``: drawn afresh.
         init_amount: For noise, its standard deviation over that of the weights, 0.01 by default;
             for partial, the share of hidden features drawn afresh, 0.5 by default; for random, how
-            far experts differ, 1 by default: what `EcoMoE` calls ``spread``.
+            far experts differ, 0.01 by default: what `EcoMoE` calls ``spread``.
         expert_width: Hidden features of an expert over those of the dense block. Below 1 the
             experts are pieces of the block: the output equals the dense one in expectation only.
         oracle_weight: See `EcoMoE`.

@@ -21,7 +21,7 @@ Init = Literal["upcycle", "noise", "partial", "random"]
 INITS: tuple[str, ...] = get_args(Init)
 
 # What `amount` means, and is by default, where an init takes one.
-DEFAULT_AMOUNTS = {"noise": 0.01, "partial": 0.5, "random": 1.0}
+DEFAULT_AMOUNTS = {"noise": 0.01, "partial": 0.5, "random": 0.01}
 
 
 class Projection(NamedTuple):

@@ -8,13 +8,14 @@ from dense import Block, gpt2, jittered, relative_error, vit
 from torch import nn
 
 import ecomoe
+from ecomoe.upcycle import DEFAULT_AMOUNTS
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 from timm.layers.mlp import ConvMlp, GluMlp, Mlp, SwiGLU  # noqa: E402
 
-# A model of 16 experts sums the same products in another order; 1e-5 is the bound.
+# A model of 16 experts sums the same products in another order, which 1e-5 leaves room for.
 RTOL = 1e-5
 
 
@@ -197,6 +198,15 @@ def test_convert_spells_out_what_a_block_leaves_open():
     assert layers - ours == form | block | start
     own = {"model", "layers", "init", "init_amount", "expert_width", "hops", "verbose"}
     assert ours - layers == own
+
+
+def test_convert_has_the_layers_defaults():
+    ours, layers = (
+        inspect.signature(function).parameters for function in (ecomoe.convert, ecomoe.EcoMoE)
+    )
+    shared = {name for name in ours if name in layers}
+    assert {n: ours[n].default for n in shared} == {n: layers[n].default for n in shared}
+    assert DEFAULT_AMOUNTS["random"] == layers["spread"].default
 
 
 @pytest.mark.parametrize(

@@ -404,9 +404,9 @@ def section(content: Record) -> str:
         f"{2 * size['width']} rank-1 experts each, {content['steps']} steps of {size['batch']} x "
         f"{size['context']} tokens; {content['data']}; {content['seeds']} seeds. The paper trains "
         "76 to 84 M parameters for 50,000 steps.",
-        f"\nThe auxiliary losses have strength {content['strength']:g} in every variant, and not "
-        "the layer's 0.03: the paper prints none, and what is compared is the topology, so they "
-        "are to decide as little as they can. `--strength` sets another.",
+        f"\nThe auxiliary losses have strength {content['strength']:g} in every variant, less than "
+        "the layer's default: the paper prints none, and what is compared is the topology, so "
+        "they are to decide as little as they can. `--strength` sets another.",
         f"\n    {content['command']}\n",
     ]
     decided = verdicts(content)
