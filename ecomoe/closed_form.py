@@ -10,6 +10,7 @@ Axes: N tokens, E experts, D input features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,14 +76,25 @@ def _blocks(logits_NE: Tensor, *, at_once: bool = False) -> list[slice]:
     return [slice(start, start + rows) for start in starts] if len(starts) > 1 else whole
 
 
-def _by_blocks(gradient: Callable[[Tensor], Tensor], logits_NE: Tensor, *, at_once: bool) -> Tensor:
-    """Return a function of the rows of the logits."""
+def _mean_by_blocks(function: Callable[..., Tensor], logits_NE: Tensor, *others: Tensor) -> Tensor:
+    """Return the mean over rows of a function of the rows of the logits, and of others' rows."""
+    blocks = _blocks(logits_NE)
+    if len(blocks) == 1:
+        return function(logits_NE, *others).mean(0)
+    sums = [function(logits_NE[rows], *(each[rows] for each in others)).sum(0) for rows in blocks]
+    return torch.stack(sums).sum(0) / logits_NE.shape[0]
+
+
+def _by_blocks(
+    gradient: Callable[..., Tensor], logits_NE: Tensor, *others: Tensor, at_once: bool
+) -> Tensor:
+    """Return a function of the rows of the logits, and of others' rows."""
     blocks = _blocks(logits_NE, at_once=at_once)
     if len(blocks) == 1:
-        return gradient(logits_NE)
+        return gradient(logits_NE, *others)
     out_NE = torch.empty_like(logits_NE)
-    for block in blocks:
-        out_NE[block] = gradient(logits_NE[block])
+    for rows in blocks:
+        out_NE[rows] = gradient(logits_NE[rows], *(each[rows] for each in others))
     return out_NE
 
 
@@ -91,11 +103,7 @@ class _MeanProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(logits_NE: Tensor, values_NE: Tensor | None) -> Tensor:
-        blocks = _blocks(logits_NE)
-        if len(blocks) == 1:
-            return torch.softmax(logits_NE, dim=-1).mean(0)
-        sums = [torch.softmax(logits_NE[block], dim=-1).sum(0) for block in blocks]
-        return torch.stack(sums).sum(0) / logits_NE.shape[0]
+        return _mean_by_blocks(partial(torch.softmax, dim=-1), logits_NE)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -122,7 +130,10 @@ class _MeanEighthPowers(torch.autograd.Function):
     def forward(
         logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, values_NE: Tensor | None
     ) -> Tensor:
-        return _eighth_powers(torch.softmax(logits_NE, dim=-1), unit_E, first_N).mean(0)
+        def powers(logits_NE: Tensor, first_N: Tensor) -> Tensor:
+            return _eighth_powers(torch.softmax(logits_NE, dim=-1), unit_E, first_N)
+
+        return _mean_by_blocks(powers, logits_NE, first_N)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -132,10 +143,16 @@ class _MeanEighthPowers(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
         logits_NE, unit_E, first_N = ctx.saved_tensors
-        probs_NE = torch.softmax(logits_NE, dim=-1)
         slope_E = 8.0 * grad_E / logits_NE.shape[0]
-        pull_NE = _eighth_powers(probs_NE, unit_E, first_N) * slope_E
-        return pull_NE - probs_NE * pull_NE.sum(-1, keepdim=True), None, None, None
+
+        def gradient(logits_NE: Tensor, first_N: Tensor) -> Tensor:
+            probs_NE = torch.softmax(logits_NE, dim=-1)
+            pull_NE = _eighth_powers(probs_NE, unit_E, first_N) * slope_E
+            found: Tensor = pull_NE - probs_NE * pull_NE.sum(-1, keepdim=True)
+            return found
+
+        at_once = torch.is_grad_enabled()
+        return _by_blocks(gradient, logits_NE, first_N, at_once=at_once), None, None, None
 
 
 def _eighth_powers(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecomoe import EcoMoE, closed_form
 from ecomoe.closed_form import (
@@ -62,6 +63,27 @@ def test_some_rows_at_a_time(case, rows, monkeypatch):
     gradients = [torch.autograd.grad(f(logits_NE).square().sum(), logits_NE) for f in CASES[case]]
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradgradcheck(function, logits_NE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_more_rows_at_a_time_than_stay_in_the_cache(case, monkeypatch):
+    rows_seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
+                rows_seen.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    function, _ = CASES[case]
+    logits_NE = logits()
+    monkeypatch.setattr(closed_form, "CACHED", 3 * logits_NE.shape[1])
+    with Watch():
+        mean = function(logits_NE)
+        assert rows_seen == {3, 1}
+        rows_seen.clear()
+        mean.sum().backward()
+    assert rows_seen == {3, 1}
 
 
 def test_all_means_keep_one_matrix():
