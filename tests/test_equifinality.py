@@ -169,7 +169,7 @@ def made_up(**perplexity):
                 "perplexity": perplexity.pop(f"{key}_{seed}", perplexity.get(key, 30.0))
                 + 0.001 * seed,
                 "dead": 0,
-                "history": [[50, 3.6], [100, 3.4]],
+                "history": [[50, 3.42], [100, 3.4]],
             }
             if variant.hops > 1:
                 names = ("collinearity", "collinearity_last", "diversity", "displacement")
@@ -225,6 +225,16 @@ class TestVerdicts:
         claim = "Five cosine topologies are equivalent"
         assert self.made()[claim].word == "reproduced"
         assert self.made(cosine_6x2=33.0)[claim].word == "refuted"
+
+    def test_what_still_learns_decides_nothing(self):
+        content = made_up(cosine_6x2=33.0, dense__same_FLOPs=32.0, dense__same_parameters=28.0)
+        for found in content["runs"]:
+            found["history"] = [[50, 3.6], [100, 3.4]]
+        found = dict(verdicts(content))
+        assert found["Five cosine topologies are equivalent"].word == "out of reach"
+        dense = found["MoE beats dense at equal FLOPs, not at equal parameters"]
+        assert dense.word == "qualified"
+        assert "bring up to 18.1% of perplexity" in dense.why
 
     def test_the_gap_to_linear(self):
         claim = "A linear router is better, and iso-parameter cosine closes most of it"
