@@ -35,9 +35,6 @@ package's defaults are what is asked about; the balance loss is the package's
 A verdict is *reproduced*, *qualified* (true with a condition that matters), *refuted*, *out of
 reach* at this scale, or *not yet run*. At the scale of these runs the networks, the training and
 the data are far smaller than the paper's; a verdict speaks of the mechanism, not of its numbers.
-
-The runs of the equifinality paper were made before the starvation loss grew with the annealing of
-T (see the changelog), at its former weight of 0.02.
 """
 
 
