@@ -21,6 +21,9 @@ from ecomoe.routing import without_autocast
 
 # Scores of which several passes stay in the cache: 1 MiB in 32 bits.
 CACHED = 2**18
+# Of a mean over tokens, its own unit, one token has no more where there are no more tokens. Of the
+# eighth power, 2^112, fp32 can add up some thousands.
+MOST_UNITS = 2.0**14
 
 
 def mean_probabilities(logits_NE: Tensor, *, values_NE: Tensor | None = None) -> Tensor:
@@ -31,6 +34,20 @@ def mean_probabilities(logits_NE: Tensor, *, values_NE: Tensor | None = None) ->
         values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
     return _MeanProbabilities.apply(logits_NE, values_NE)  # type: ignore[no-any-return]
+
+
+def mean_of_others(logits_NE: Tensor, first_N: Tensor) -> Tensor:
+    """Return the mean of ``softmax(logits)``, 0 for first choices, ``(E,)``; without gradient.
+
+    Args:
+        logits_NE: The scores.
+        first_N: The expert that each token chose first.
+    """
+
+    def probabilities(logits_NE: Tensor, first_N: Tensor) -> Tensor:
+        return torch.softmax(logits_NE, dim=-1).scatter(-1, first_N.unsqueeze(-1), 0.0)
+
+    return _mean_by_blocks(probabilities, logits_NE.detach(), first_N)
 
 
 def mean_entropy(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
@@ -156,8 +173,9 @@ class _MeanEighthPowers(torch.autograd.Function):
 
 
 def _eighth_powers(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:
-    # Far above the unit tokens count alike, and powers stay finite in fp32.
-    powers_NE = (probs_NE / unit_E).clamp_max(1024.0).square().square().square()
+    # Far above the unit tokens count alike, and powers stay finite in fp32. The gradient does not
+    # end there: it would be that of tokens which hardly count.
+    powers_NE = (probs_NE / unit_E).clamp_max(MOST_UNITS).square().square().square()
     return powers_NE.scatter(-1, first_N.unsqueeze(-1), 0.0)
 
 

@@ -373,10 +373,10 @@ class GroupShares:
         counts = unit * num_tokens if num_tokens else torch.zeros_like(unit)
         counts = collectives.wait_tensor(collectives.all_reduce(counts, "sum", self.group))
         total = counts[-1].clamp_min(1.0)
-        importance_E, top1_E, topk_E = (counts[:-1] / total).chunk(3)
+        importance_E, *others = (counts[:-1] / total).chunk(len(shares))
         through_E = shares.importance_E - shares.importance_E.detach()
         factor = num_tokens * self.group.size() / total
-        return Shares(importance_E + through_E, top1_E, topk_E), factor
+        return Shares(importance_E + through_E, *others), factor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupShares:
         return self

@@ -15,24 +15,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecomoe.closed_form import mean_eighth_powers, mean_entropy, mean_probabilities
+from ecomoe.closed_form import (
+    mean_eighth_powers,
+    mean_entropy,
+    mean_of_others,
+    mean_probabilities,
+)
 from ecomoe.routing import without_autocast
 
 
 class Shares(NamedTuple):
-    """How the tokens of a batch are spread over E experts; each sums to 1.
+    """How the tokens of a batch are spread over E experts; the first three sum to 1.
 
-    All three are means over tokens, so that data-parallel ranks may average them.
+    All are means over tokens, so that data-parallel ranks may average them.
 
     Attributes:
         importance_E: Mean of ``softmax(logits)``; carries the gradient.
         top1_E: Share of tokens whose first choice is the expert.
         topk_E: Share of all ``N * K`` slots.
+        others_E: Mean of ``softmax(logits)``, 0 for tokens whose first choice is the expert.
     """
 
     importance_E: Tensor
     top1_E: Tensor
     topk_E: Tensor
+    others_E: Tensor
 
 
 def expert_shares(expert_ids: Tensor, *, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -54,6 +61,7 @@ def routing_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> Shares:
         importance_E=mean_probabilities(logits_NE),
         top1_E=expert_shares(expert_ids_NK[:, 0], num_experts=num_experts, dtype=logits_NE.dtype),
         topk_E=expert_shares(expert_ids_NK, num_experts=num_experts, dtype=logits_NE.dtype),
+        others_E=mean_of_others(logits_NE, expert_ids_NK[:, 0]),
     )
 
 
@@ -71,7 +79,7 @@ def balance_loss(shares: Shares) -> Tensor:
     (straight-through): ``dCV^2 = 2 E sum(share * d importance)``, twice the Switch Transformer's
     ``E sum(f P)`` (equation 4 there). Both bases are in it because the taxonomy counts both.
     """
-    importance_E, top1_E, topk_E = shares
+    importance_E, top1_E, topk_E, _ = shares
     num_experts = importance_E.numel()
     kl: Tensor = (importance_E * _log(importance_E * num_experts)).sum()
     through_E = importance_E - importance_E.detach()
@@ -89,9 +97,10 @@ def affinity(
 ) -> Tensor:
     """Return how much other experts' tokens are inclined to each expert, ``(E,)``.
 
-    The mean over tokens of the eighth power of the expert's probability in units of its importance,
-    0 for tokens that choose it first. It is what `starvation_loss` raises; data-parallel ranks with
-    the same shares may average it.
+    The mean over tokens of the eighth power of the expert's probability, 0 for tokens that choose
+    it first, in units of the mean of the same: so it is 1/N or more, and does not underflow where
+    an expert is much surer of its own tokens than of others'. It is what `starvation_loss` raises;
+    data-parallel ranks with the same shares may average it.
 
     Args:
         logits_NE: Router scores, which get the gradient.
@@ -99,7 +108,7 @@ def affinity(
         shares: How the tokens, or all ranks' tokens, are spread.
         values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
-    unit_E = _positive(shares.importance_E)
+    unit_E = _positive(shares.others_E)
     return mean_eighth_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE)
 
 
@@ -118,10 +127,11 @@ def starvation_loss(shares: Shares, affinity_E: Tensor, *, floor: float) -> Tens
         affinity_E: Their `affinity`, which carries the gradient.
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
-    importance_E, top1_E, topk_E = shares
-    usage_E = torch.minimum(top1_E, topk_E) * importance_E.numel()
+    _, top1_E, topk_E, others_E = shares
+    usage_E = torch.minimum(top1_E, topk_E) * others_E.numel()
     want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
-    log_mean_E = _log(affinity_E) / 8 + _log(importance_E.detach())
+    # Below 1/N only where probabilities underflow: there, a loss scaler would have 1/m overflow.
+    log_mean_E = affinity_E.clamp_min(2.0**-64).log() / 8 + _log(others_E)
     return -(want_E * log_mean_E).sum()
 
 

@@ -7,9 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecomoe import EcoMoE, closed_form
 from ecomoe.closed_form import (
+    MOST_UNITS,
     linear_twice,
     mean_eighth_powers,
     mean_entropy,
+    mean_of_others,
     mean_probabilities,
 )
 from ecomoe.routers import LinearRouter, Router
@@ -51,6 +53,29 @@ def test_values_and_two_derivatives(case):
     torch.testing.assert_close(function(logits_NE), reference(logits_NE))
     assert torch.autograd.gradcheck(function, logits_NE)
     assert torch.autograd.gradgradcheck(function, logits_NE)
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_mean_of_others(rows, monkeypatch):
+    logits_NE = logits()
+    monkeypatch.setattr(closed_form, "CACHED", rows * logits_NE.shape[1])
+    mean_E = mean_of_others(logits_NE, logits_NE.argmax(-1))
+    expected_E = (torch.softmax(logits_NE, -1) * others(logits_NE)).mean(0)
+    torch.testing.assert_close(mean_E, expected_E.detach())
+    assert not mean_E.requires_grad
+
+
+def test_far_above_the_unit_powers_end_and_gradients_do_not():
+    logits_NE = logits()
+    first_N = logits_NE.argmax(-1)
+    unit_E = UNIT_E.clone()
+    unit_E[0] = 1e-9
+    powers_E = mean_eighth_powers(logits_NE, unit_E, first_N)
+    choosing_others = (first_N != 0).double().mean()
+    torch.testing.assert_close(powers_E[0], choosing_others * MOST_UNITS**8)
+    (gradient,) = torch.autograd.grad(powers_E[0].log(), logits_NE)
+    pull_N = 8 * (1 - torch.softmax(logits_NE, -1)[:, 0]) * (first_N != 0) / (first_N != 0).sum()
+    torch.testing.assert_close(gradient[:, 0], pull_N.detach())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])

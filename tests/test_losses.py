@@ -65,14 +65,14 @@ class TestBalance:
     @pytest.mark.parametrize("num_experts", [2, 5, 16])
     def test_value_when_one_expert_takes_all(self, num_experts):
         one_hot_E = F.one_hot(torch.tensor(0), num_experts).double()
-        loss = losses.balance_loss(Shares(one_hot_E, one_hot_E, one_hot_E))
+        loss = losses.balance_loss(Shares(one_hot_E, one_hot_E, one_hot_E, 0 * one_hot_E))
         torch.testing.assert_close(loss.item(), math.log(num_experts) + (num_experts - 1.0))
 
     def test_gradient_is_the_documented_one(self):
         importance_E = torch.softmax(fp64(6, grad=False), -1).requires_grad_()
         top1_E = torch.softmax(fp64(6, seed=1, grad=False), -1)
         topk_E = torch.softmax(fp64(6, seed=2, grad=False), -1)
-        loss = losses.balance_loss(Shares(importance_E, top1_E, topk_E))
+        loss = losses.balance_loss(Shares(importance_E, top1_E, topk_E, importance_E.detach()))
         (gradient,) = torch.autograd.grad(loss, importance_E)
         # KL: log(p E) + 1. Each CV^2: 2 E f, straight through to the importance; their mean.
         expected = torch.log(importance_E * 6) + 1 + 6 * (top1_E + topk_E)
@@ -87,7 +87,7 @@ class TestBalance:
 
         def surrogate(logits_NE):
             importance_E = torch.softmax(logits_NE, -1).mean(0)
-            _, top1_E, topk_E = losses.routing_shares(logits_NE.detach(), ids_NK)
+            _, top1_E, topk_E, _ = losses.routing_shares(logits_NE.detach(), ids_NK)
             kl = (importance_E * torch.log(importance_E * 5)).sum()
             return kl + 5 * ((top1_E + topk_E) * importance_E).sum()
 
@@ -129,11 +129,12 @@ class TestStarvation:
         even_E = torch.full((4,), 0.25, dtype=torch.float64)
         # Usage 0.2 of uniform for the first, and none for the second.
         starved_E = torch.tensor([0.05, 0.0, 0.45, 0.5], dtype=torch.float64)
-        shares = [probs_NE.mean(0), even_E, even_E]
+        chosen_NE = F.one_hot(logits_NE.argmax(-1), 4)
+        others_NE = probs_NE * (1 - chosen_NE)
+        shares = [probs_NE.mean(0), even_E, even_E, others_NE.mean(0).detach()]
         shares[basis] = starved_E
         loss = starvation(logits_NE, Shares(*shares))
-        chosen_NE = F.one_hot(logits_NE.argmax(-1), 4)
-        mean_E = (probs_NE * (1 - chosen_NE)).pow(8).mean(0).pow(1 / 8)
+        mean_E = others_NE.pow(8).mean(0).pow(1 / 8)
         expected = -(0.6 * mean_E[0].log() + 1.0 * mean_E[1].log())
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(
@@ -143,7 +144,8 @@ class TestStarvation:
     def test_vanishes_continuously_at_the_floor(self):
         logits_NE = torch.tensor([[0.1, 0.9]]).log()
         usage_E = torch.tensor([0.24, 0.76])
-        shares = Shares(logits_NE.exp()[0], usage_E, usage_E)
+        others_E = torch.tensor([0.1, 0.0])
+        shares = Shares(logits_NE.exp()[0], usage_E, usage_E, others_E)
         torch.testing.assert_close(
             starvation(logits_NE, shares), torch.tensor(-0.04 * math.log(0.1))
         )
@@ -174,12 +176,27 @@ class TestStarvation:
         assert gradient[:, 0].argmin() == margin_N.argmax()
 
     def test_finite_where_the_importance_underflows(self):
-        logits_NE = torch.tensor([[300.0, 0.0], [200.0, -100.0]], requires_grad=True)
+        logits_NE = torch.tensor([[300.0, 0.0, 202.0], [200.0, -100.0, 102.0]], requires_grad=True)
         shares = shares_of(logits_NE, 1)
-        loss = losses.balance_loss(shares) + starvation(logits_NE, shares)
+        loss = 2.0**24 * (losses.balance_loss(shares) + starvation(logits_NE, shares))
         loss.backward()
         assert loss.isfinite()
         assert logits_NE.grad.isfinite().all()
+
+    @pytest.mark.parametrize("scale", [1.0, 2.0**16, 2.0**24])
+    @pytest.mark.parametrize("below", [15.0, 17.0, 60.0])
+    def test_pull_on_an_expert_that_is_sure_of_its_few_tokens(self, below, scale):
+        # To all tokens but one it is next to nothing: 1e-8 to the eighth power underflows.
+        logits_NE = torch.zeros(400, 3)
+        logits_NE[:, 0] = torch.linspace(-20.0, 0.0, 400) - below
+        logits_NE[0, 0] = 15.0
+        logits_NE.requires_grad_()
+        shares = shares_of(logits_NE, 1)
+        loss = starvation(logits_NE, shares) * scale
+        loss.backward()
+        assert loss.isfinite()
+        assert logits_NE.grad.isfinite().all()
+        assert -1.0 <= logits_NE.grad[:, 0].sum() / scale <= -0.9
 
     def test_descent_revives_a_dead_expert(self):
         x_ND = fp64(256, 8, grad=False)
