@@ -201,15 +201,14 @@ class LoopMoE:
         for e in range(num_experts):
             usage = num_experts * min(firsts.count(e) / len(firsts), slots.count(e) / len(slots))
             want = max(0.0, 1 - usage / self.layer.usage_floor)
-            chances = [self.softmax(scores)[e] for scores in logits]
+            chances = [
+                self.softmax(scores)[e] * (chosen[0] != e)
+                for scores, chosen in zip(logits, ids, strict=True)
+            ]
             # As fp32 can tell it: the layer's router is that wide.
-            tiny = torch.finfo(torch.float32).tiny
-            unit = mean(chances).detach().clamp_min(tiny)
-            affinity = mean(
-                (chance / unit) ** 8 * (chosen[0] != e)
-                for chance, chosen in zip(chances, ids, strict=True)
-            )
-            loss = loss - want * (torch.log(affinity.clamp_min(tiny)) / 8 + torch.log(unit))
+            unit = mean(chances).detach().clamp_min(torch.finfo(torch.float32).tiny)
+            affinity = mean((chance / unit) ** 8 for chance in chances).clamp_min(2.0**-64)
+            loss = loss - want * (torch.log(affinity) / 8 + torch.log(unit))
         return loss
 
     def entropy(self, logits):
