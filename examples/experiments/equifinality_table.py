@@ -203,7 +203,10 @@ def _parts(content: Record, margin: float | None) -> Iterator[tuple[str, Sequenc
         variant_rows(content),
     )
     if content["seeds"] > 1 and not smoke:
-        title = f"Every pair, equivalent within {within:.3f} PPL (TOST, alpha 0.05)"
+        title = (
+            f"Every pair, equivalent within {within:.3f} PPL (TOST, alpha 0.05), different where "
+            "the 90 % interval lies beyond that"
+        )
         yield title, PAIR_HEADINGS, pair_rows(content, margin)
         yield "Depth over the training", DEPTH_HEADINGS, depth_rows(content)
     yield "Hops", HOP_HEADINGS, hop_rows(content)

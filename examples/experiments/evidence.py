@@ -16,6 +16,7 @@ from examples.experiments.measure import Record
 from examples.experiments.records import SCALES, SMOKE
 from examples.experiments.registry import EXPERIMENTS
 from examples.experiments.report import plus_minus, read_results
+from examples.experiments.runner import command
 from examples.experiments.storage import read_json
 
 HEAD = """# Evidence
@@ -35,6 +36,11 @@ package's defaults are what is asked about; the balance loss is the package's
 A verdict is *reproduced*, *qualified* (true with a condition that matters), *refuted*, *out of
 reach* at this scale, or *not yet run*. At the scale of these runs the networks, the training and
 the data are far smaller than the paper's; a verdict speaks of the mechanism, not of its numbers.
+
+*Worst* is the most dead experts of any evaluation after the random warm-up. Runs are kept in
+`--out` and go on there where they were cut off; `DIR` is a folder of images, `TEXT` a text file, and what
+stands in for either where none is given is named. Where a run's settings in the JSON file have no
+`spread`, it was made before experts could start alike, by the same formulas with other roundings.
 """
 
 
@@ -199,9 +205,8 @@ def _not_run(found: Results, benchmarks: list[Record]) -> str:
         return ""
     lines = ["## Not yet run\n", "| experiment | command |", "|---|---|"]
     for entry in lacking:
-        command = f"python -m examples.experiments run {entry.name} --scale small --data DIR"
-        lines.append(f"| {entry.title} | `{command}` |")
+        lines.append(f"| {entry.title} | `{command(entry, '--scale small')}` |")
     if not benchmarks:
-        command = "python -m examples.balance_benchmark --seeds 3 --data DIR --data TEXT"
-        lines.append(f"| Balance benchmark | `{command}` |")
+        benchmark = "python -m examples.balance_benchmark --seeds 3 --data DIR --data TEXT"
+        lines.append(f"| Balance benchmark | `{benchmark}` |")
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import ecomoe
 from ecomoe import EcoMoE, moe
 from ecomoe.schedule import Schedule
-from examples.experiments.data import Library, Samples
+from examples.experiments.data import TEXTS, Library, Samples
 from examples.experiments.measure import Record, evaluate, temperature_scan
 from examples.experiments.models import GPT, Classifier, WideResNet
 from examples.experiments.protocol import (
@@ -272,11 +272,15 @@ def run_experiment(
     path = results / f"{experiment.name}-{scale.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs: list[Record] = []
+    named: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for seed in range(seeds):
             for setting in experiment.settings[:conditions]:
                 samples = library.get(setting.data)
+                if samples.name not in named:
+                    named.add(samples.name)
+                    progress.console.print(f"data: {samples.name}", highlight=False)
                 label = f"{experiment.name} · {setting.name} · seed {seed}"
                 task = progress.add_task(label, total=None)
 
@@ -320,11 +324,17 @@ def write_results(
         "paper": experiment.paper,
         "scale": scale.name,
         "seeds": seeds,
-        "command": f"python -m examples.experiments run {experiment.name} "
-        f"--scale {scale.name} --seeds {seeds} --data DIR",
+        "command": command(experiment, f"--scale {scale.name} --seeds {seeds}"),
         "runs": runs,
     }
     write_json(path, content)
+
+
+def command(experiment: Experiment, options: str) -> str:
+    """Return what runs an experiment: ``DIR`` stands for images, ``TEXT`` for a text file."""
+    kinds = {"TEXT" if setting.data in TEXTS else "DIR" for setting in experiment.settings}
+    data = " ".join(f"--data {kind}" for kind in sorted(kinds))
+    return f"python -m examples.experiments run {experiment.name} {options} {data}"
 
 
 def said(record: Record) -> str:
