@@ -38,9 +38,10 @@ reach* at this scale, or *not yet run*. At the scale of these runs the networks,
 the data are far smaller than the paper's; a verdict speaks of the mechanism, not of its numbers.
 
 *Worst* is the most dead experts of any evaluation after the random warm-up. Runs are kept in
-`--out` and go on there where they were cut off; `DIR` is a folder of images, `TEXT` a text file, and what
-stands in for either where none is given is named. Where a run's settings in the JSON file have no
-`spread`, it was made before experts could start alike, by the same formulas with other roundings.
+`--out` and go on there where they were cut off; `DIR` is a folder of images, `TEXT` a text file,
+and what stands in for either where none is given is named. Where a run's settings in the JSON file
+have no `spread`, it was made before experts could start alike, by the same formulas with other
+roundings.
 """
 
 
