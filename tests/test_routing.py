@@ -50,8 +50,11 @@ class TestSelection:
         assert counts_E.max() <= num_tokens
         shares = losses.routing_shares(logits_NE, ids_NK)
         torch.testing.assert_close(shares.topk_E * num_tokens * top_k, counts_E.float())
-        for share_E in shares:
+        *all_tokens, others_E = shares
+        for share_E in all_tokens:
             torch.testing.assert_close(share_E.sum(), T1)
+        best_N = logits_NE.softmax(-1).gather(-1, ids_NK[:, :1])
+        torch.testing.assert_close(others_E.sum(), T1 - best_N.mean(), rtol=1e-5, atol=1e-6)
 
     @given(routings(distinct=True))
     def test_the_best_come_first(self, drawn):
