@@ -184,12 +184,11 @@ class _MeanEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
-        sums = []
-        for block in _blocks(logits_NE):
-            log_probs_NE = torch.log_softmax(logits_NE[block] / temperature, dim=-1)
-            sums.append((log_probs_NE.exp() * log_probs_NE).sum())
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-        return -total / logits_NE.shape[0]
+        def entropies(logits_NE: Tensor) -> Tensor:
+            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+            return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
+
+        return _mean_by_blocks(entropies, logits_NE)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

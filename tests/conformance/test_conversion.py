@@ -211,10 +211,7 @@ def test_checkpointing(name, dense, inputs, reentrant):
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     got, usage = _task_gradients(model, inputs)
-    for layer, want_layer in zip(usage, want_usage, strict=True):
-        # A recomputation may round otherwise: log E minus the entropy is a small difference.
-        assert layer.pop("auxiliary") == pytest.approx(want_layer.pop("auxiliary"), abs=1e-6)
-        assert layer == want_layer
+    assert usage == want_usage
     for parameter, gradient in want.items():
         torch.testing.assert_close(got[parameter], gradient, rtol=1e-4, atol=1e-6)
 
