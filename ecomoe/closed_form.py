@@ -55,10 +55,12 @@ def mean_entropy(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
     return _MeanEntropy.apply(logits_NE, temperature)  # type: ignore[no-any-return]
 
 
-def mean_eighth_powers(
+def mean_powers(
     logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, *, values_NE: Tensor | None = None
-) -> Tensor:
-    """Return the mean of ``(softmax(logits) / unit)^8`` over tokens, 0 for first choices, ``(E,)``.
+) -> tuple[Tensor, Tensor]:
+    """Return the means over tokens of ``softmax(logits) / unit`` and of its eighth power, ``(E,)``.
+
+    Both count 0 for tokens whose first choice is the expert.
 
     Args:
         logits_NE: The scores, which get the gradient.
@@ -66,9 +68,8 @@ def mean_eighth_powers(
         first_N: The expert that each token chose first.
         values_NE: As for `mean_probabilities`.
     """
-    return _MeanEighthPowers.apply(  # type: ignore[no-any-return]
-        logits_NE, unit_E.detach(), first_N, values_NE
-    )
+    both_2E = _MeanPowers.apply(logits_NE, unit_E.detach(), first_N, values_NE)
+    return both_2E[0], both_2E[1]
 
 
 def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ class _MeanProbabilities(torch.autograd.Function):
         return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
 
 
-class _MeanEighthPowers(torch.autograd.Function):
+class _MeanPowers(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -148,7 +149,8 @@ class _MeanEighthPowers(torch.autograd.Function):
         logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, values_NE: Tensor | None
     ) -> Tensor:
         def powers(logits_NE: Tensor, first_N: Tensor) -> Tensor:
-            return _eighth_powers(torch.softmax(logits_NE, dim=-1), unit_E, first_N)
+            units_NE = _units(torch.softmax(logits_NE, dim=-1), unit_E, first_N)
+            return torch.stack((units_NE, _eighth_power(units_NE)), dim=1)
 
         return _mean_by_blocks(powers, logits_NE, first_N)
 
@@ -158,13 +160,14 @@ class _MeanEighthPowers(torch.autograd.Function):
         ctx.save_for_backward(logits_NE if values_NE is None else values_NE, unit_E, first_N)
 
     @staticmethod
-    def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_2E: Tensor):  # type: ignore[no-untyped-def]
         logits_NE, unit_E, first_N = ctx.saved_tensors
-        slope_E = 8.0 * grad_E / logits_NE.shape[0]
+        slope_E, eighth_E = grad_2E / logits_NE.shape[0]
 
         def gradient(logits_NE: Tensor, first_N: Tensor) -> Tensor:
             probs_NE = torch.softmax(logits_NE, dim=-1)
-            pull_NE = _eighth_powers(probs_NE, unit_E, first_N) * slope_E
+            units_NE = _units(probs_NE, unit_E, first_N)
+            pull_NE = units_NE * slope_E + _eighth_power(units_NE) * (8.0 * eighth_E)
             found: Tensor = pull_NE - probs_NE * pull_NE.sum(-1, keepdim=True)
             return found
 
@@ -172,11 +175,14 @@ class _MeanEighthPowers(torch.autograd.Function):
         return _by_blocks(gradient, logits_NE, first_N, at_once=at_once), None, None, None
 
 
-def _eighth_powers(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:
+def _units(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:
+    return (probs_NE / unit_E).scatter(-1, first_N.unsqueeze(-1), 0.0)
+
+
+def _eighth_power(units_NE: Tensor) -> Tensor:
     # Far above the unit tokens count alike, and powers stay finite in fp32. The gradient does not
     # end there: it would be that of tokens which hardly count.
-    powers_NE = (probs_NE / unit_E).clamp_max(MOST_UNITS).square().square().square()
-    return powers_NE.scatter(-1, first_N.unsqueeze(-1), 0.0)
+    return units_NE.clamp_max(MOST_UNITS).square().square().square()
 
 
 class _MeanEntropy(torch.autograd.Function):

@@ -29,8 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ecomoe.dispatch import Plan, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import ExpertLinear, Experts, FFNExperts, HeadExperts
-from ecomoe.losses import Shares
-from ecomoe.moe import EcoMoE
+from ecomoe.moe import EcoMoE, Means
 
 # --- expert parallelism -------------------------------------------------------------------------
 
@@ -361,22 +360,25 @@ class GroupShares:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def __call__(self, shares: Shares, num_tokens: int) -> tuple[Shares, Tensor]:
-        """Return all ranks' shares, and the factor on this rank's losses, a scalar ``W n_r / n``.
+    def __call__(self, means: Means, num_tokens: int) -> tuple[Means, Tensor]:
+        """Return all ranks' means, and the factor on this rank's losses, a scalar ``W n_r / n``.
 
         Args:
-            shares: Of this rank's tokens; anything if it has none.
+            means: Over this rank's tokens; anything if it has none. They keep their gradient.
             num_tokens: How many it has.
         """
-        # Shares times tokens are counts, and the last one counts the tokens themselves.
-        unit = torch.cat((*shares, shares.top1_E.new_ones(1))).detach()
-        counts = unit * num_tokens if num_tokens else torch.zeros_like(unit)
-        counts = collectives.wait_tensor(collectives.all_reduce(counts, "sum", self.group))
-        total = counts[-1].clamp_min(1.0)
-        importance_E, *others = (counts[:-1] / total).chunk(len(shares))
-        through_E = shares.importance_E - shares.importance_E.detach()
+        # Means times tokens are sums, and the last one counts the tokens themselves.
+        unit = torch.cat((*means, means[0].new_ones(1))).detach()
+        sums = unit * num_tokens if num_tokens else torch.zeros_like(unit)
+        sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", self.group))
+        total = sums[-1].clamp_min(1.0)
+        of_all = (sums[:-1] / total).chunk(len(means))
+        through = (
+            all_E + (own_E - own_E.detach()) if own_E.requires_grad else all_E
+            for all_E, own_E in zip(of_all, means, strict=True)
+        )
         factor = num_tokens * self.group.size() / total
-        return Shares(importance_E + through_E, *others), factor
+        return type(means)(*through), factor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupShares:
         return self

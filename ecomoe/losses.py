@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecomoe.closed_form import (
-    mean_eighth_powers,
     mean_entropy,
     mean_of_others,
+    mean_powers,
     mean_probabilities,
 )
 from ecomoe.routing import without_autocast
@@ -88,19 +88,32 @@ def balance_loss(shares: Shares) -> Tensor:
     return loss
 
 
+class Affinity(NamedTuple):
+    """How much other experts' tokens are inclined to each of E experts; see `affinity`.
+
+    Both carry the gradient, are in units of `Shares.others_E` and means over tokens, so that
+    data-parallel ranks with the same shares may average them.
+
+    Attributes:
+        mean_E: Mean of the expert's probability, 0 for tokens that choose it first.
+        eighth_E: Mean of the eighth power of the same.
+    """
+
+    mean_E: Tensor
+    eighth_E: Tensor
+
+
 def affinity(
     logits_NE: Tensor,
     expert_ids_NK: Tensor,
     shares: Shares,
     *,
     values_NE: Tensor | None = None,
-) -> Tensor:
-    """Return how much other experts' tokens are inclined to each expert, ``(E,)``.
+) -> Affinity:
+    """Return what `starvation_loss` raises: other experts' tokens' inclination to each expert.
 
-    The mean over tokens of the eighth power of the expert's probability, 0 for tokens that choose
-    it first, in units of the mean of the same: so it is 1/N or more, and does not underflow where
-    an expert is much surer of its own tokens than of others'. It is what `starvation_loss` raises;
-    data-parallel ranks with the same shares may average it.
+    It is measured in units of its own mean: so the mean of the eighth power is 1/N or more, and
+    does not underflow where an expert is much surer of its own tokens than of others'.
 
     Args:
         logits_NE: Router scores, which get the gradient.
@@ -109,29 +122,33 @@ def affinity(
         values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
     unit_E = _positive(shares.others_E)
-    return mean_eighth_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE)
+    return Affinity(*mean_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE))
 
 
-def starvation_loss(shares: Shares, affinity_E: Tensor, *, floor: float) -> Tensor:
-    """Return ``-sum(w log m)``, nats, where w is how far an expert is below the floor.
+def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tensor:
+    """Return ``-sum(w ((1 - w) log m8 + w log m1))``, nats; w: how far below the floor one is.
 
     w goes from 0 at the floor to 1 for an expert without tokens, on the basis on which it has
-    fewer. m is the power mean, of order 8, of its probability over other experts' tokens. What
-    `balance_loss` does for a dying expert fades with its importance (``p log p``); here its logits
-    are raised by w in all however low they are, nearly all of it on those of others' tokens that
-    are most inclined to it. A mean of order 1 would bring it a little of everything: an expert that
-    lives and tells nothing. Where no expert starves, loss and gradient are 0, and routing is free.
+    fewer; m8 and m1 are the power means, of order 8 and 1, of its probability over other experts'
+    tokens. What `balance_loss` does for a dying expert fades with its importance (``p log p``);
+    here its logits are raised by w in all however low they are. An expert that has tokens gets most
+    of it on those of others' that are most inclined to it: from a little of everything it would
+    live and tell nothing. One that has none has no inclination to go by, and is raised for all.
+    Where no expert starves, loss and gradient are 0, and routing is free.
 
     Args:
         shares: How the tokens are spread.
-        affinity_E: Their `affinity`, which carries the gradient.
+        affinity: Their `affinity`, which carries the gradient.
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
     _, top1_E, topk_E, others_E = shares
     usage_E = torch.minimum(top1_E, topk_E) * others_E.numel()
     want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
-    # Below 1/N only where probabilities underflow: there, a loss scaler would have 1/m overflow.
-    log_mean_E = affinity_E.clamp_min(2.0**-64).log() / 8 + _log(others_E)
+    # Below the bounds only where probabilities underflow: there, a loss scaler would have 1/m
+    # overflow.
+    log_m1_E = affinity.mean_E.clamp_min(2.0**-8).log()
+    log_m8_E = affinity.eighth_E.clamp_min(2.0**-64).log() / 8
+    log_mean_E = _log(others_E) + torch.lerp(log_m8_E, log_m1_E, want_E)
     return -(want_E * log_mean_E).sum()
 
 

@@ -7,7 +7,7 @@ expert, M probe tokens, F output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,15 @@ from ecomoe.oracle import Oracle, choose_oracle, imitation_loss
 from ecomoe.routers import build_router, keep_wide
 from ecomoe.routing import Routing
 
-# From the shares of a rank's tokens, and their number, to the shares of all ranks' tokens and the
-# factor on the rank's auxiliary losses; see `ecomoe.distributed.reduce_losses`.
-ShareReducer = Callable[[losses.Shares, int], tuple[losses.Shares, Tensor]]
+Means = TypeVar("Means", losses.Shares, losses.Affinity)
+
+
+class ShareReducer(Protocol):
+    """What is called with means over a rank's tokens; see `ecomoe.distributed.reduce_losses`."""
+
+    def __call__(self, means: Means, num_tokens: int, /) -> tuple[Means, Tensor]:
+        """Return those over all ranks' tokens, and the factor on the rank's auxiliary losses."""
+
 
 # Measured (docs/evidence.md). It is no trade-off: where no expert starves, the loss is 0.
 STARVATION_WEIGHT = 0.04
@@ -354,21 +360,20 @@ class EcoMoE(nn.Module):
         self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
-        here = shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
+        shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
         share_of_ranks: Tensor | float = 1.0
         if self.reduce_shares is not None:
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
-        affinity_E = None
+        affinity = None
         if self.usage_floor > 0 and self.strength * self.control.balance_weight > 0:
             own_NE = routing.logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
-            affinity_E = losses.affinity(
+            affinity = losses.affinity(
                 own_NE, routing.expert_ids_NK, shares, values_NE=routing.logits_NE
             )
             if self.reduce_shares is not None:
-                own, _ = self.reduce_shares(here._replace(importance_E=affinity_E), x_ND.shape[0])
-                affinity_E = own.importance_E
-        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity_E)
+                affinity, _ = self.reduce_shares(affinity, x_ND.shape[0])
+        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity)
         if not terms:
             return routing.weights_NK
         loss = self._weigh(terms) * share_of_ranks
@@ -389,12 +394,12 @@ class EcoMoE(nn.Module):
         y_NKF: Tensor | None,
         targets: Tensor | None,
         shares: losses.Shares,
-        affinity_E: Tensor | None,
+        affinity: losses.Affinity | None,
     ) -> dict[str, Tensor]:
         """Return the auxiliary losses of a call by name, scalars before their weights.
 
         A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
-        balances: of this call's tokens, or of all data-parallel ranks'. ``affinity_E`` is these
+        balances: of this call's tokens, or of all data-parallel ranks'. ``affinity`` is these
         tokens' `losses.affinity`; its gradient stays in the router: a pull towards starving experts
         must not bend the tokens' features, which are to serve the task.
         """
@@ -403,8 +408,8 @@ class EcoMoE(nn.Module):
         terms = {}
         if control.balance_weight > 0 and self.strength > 0:
             terms["balance"] = losses.balance_loss(shares)
-            if affinity_E is not None:
-                starvation = losses.starvation_loss(shares, affinity_E, floor=self.usage_floor)
+            if affinity is not None:
+                starvation = losses.starvation_loss(shares, affinity, floor=self.usage_floor)
                 terms["starvation"] = starvation * self._sustain(starvation.dtype)
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())

@@ -207,8 +207,12 @@ class LoopMoE:
             ]
             # As fp32 can tell it: the layer's router is that wide.
             unit = mean(chances).detach().clamp_min(torch.finfo(torch.float32).tiny)
-            affinity = mean((chance / unit) ** 8 for chance in chances).clamp_min(2.0**-64)
-            loss = loss - want * (torch.log(affinity) / 8 + torch.log(unit))
+            first, eighth = (
+                mean((chance / unit) ** order for chance in chances).clamp_min(2.0 ** (-8 * order))
+                for order in (1, 8)
+            )
+            inclined = (1 - want) * torch.log(eighth) / 8 + want * torch.log(first)
+            loss = loss - want * (inclined + torch.log(unit))
         return loss
 
     def entropy(self, logits):

@@ -9,9 +9,9 @@ from ecomoe import EcoMoE, closed_form
 from ecomoe.closed_form import (
     MOST_UNITS,
     linear_twice,
-    mean_eighth_powers,
     mean_entropy,
     mean_of_others,
+    mean_powers,
     mean_probabilities,
 )
 from ecomoe.routers import LinearRouter, Router
@@ -32,10 +32,14 @@ def others(logits_NE):
     return 1 - F.one_hot(logits_NE.argmax(-1), 5)
 
 
+def powers(logits_NE, order):
+    return (torch.softmax(logits_NE, -1) / UNIT_E * others(logits_NE)).pow(order).mean(0)
+
+
 CASES = {
-    "eighth powers": (
-        lambda z: mean_eighth_powers(z, UNIT_E, z.argmax(-1)),
-        lambda z: (torch.softmax(z, -1) / UNIT_E * others(z)).pow(8).mean(0),
+    "powers": (
+        lambda z: torch.stack(mean_powers(z, UNIT_E, z.argmax(-1))),
+        lambda z: torch.stack([powers(z, order) for order in (1, 8)]),
     ),
     "probabilities": (mean_probabilities, lambda z: torch.softmax(z, -1).mean(0)),
     "entropy": (lambda z: mean_entropy(z, 0.7), lambda z: entropy(z, 0.7)),
@@ -70,10 +74,10 @@ def test_far_above_the_unit_powers_end_and_gradients_do_not():
     first_N = logits_NE.argmax(-1)
     unit_E = UNIT_E.clone()
     unit_E[0] = 1e-9
-    powers_E = mean_eighth_powers(logits_NE, unit_E, first_N)
+    _, eighth_E = mean_powers(logits_NE, unit_E, first_N)
     choosing_others = (first_N != 0).double().mean()
-    torch.testing.assert_close(powers_E[0], choosing_others * MOST_UNITS**8)
-    (gradient,) = torch.autograd.grad(powers_E[0].log(), logits_NE)
+    torch.testing.assert_close(eighth_E[0], choosing_others * MOST_UNITS**8)
+    (gradient,) = torch.autograd.grad(eighth_E[0].log(), logits_NE)
     pull_N = 8 * (1 - torch.softmax(logits_NE, -1)[:, 0]) * (first_N != 0) / (first_N != 0).sum()
     torch.testing.assert_close(gradient[:, 0], pull_N.detach())
 
@@ -126,7 +130,7 @@ def test_all_means_keep_one_matrix():
         mean_probabilities(logits_NE)
         mean_entropy(logits_NE, torch.tensor(2.0))
         mean_probabilities(own_NE, values_NE=logits_NE)
-        mean_eighth_powers(own_NE, torch.tensor(0.2), first_N, values_NE=logits_NE)
+        mean_powers(own_NE, torch.tensor(0.2), first_N, values_NE=logits_NE)
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (logits_NE, first_N)}
 
 

@@ -37,8 +37,8 @@ def shares_of(logits_NE, top_k):
 
 
 def starvation(logits_NE, shares, *, floor=0.5):
-    affinity_E = losses.affinity(logits_NE, logits_NE.topk(1, -1).indices, shares)
-    return losses.starvation_loss(shares, affinity_E, floor=floor)
+    affinity = losses.affinity(logits_NE, logits_NE.topk(1, -1).indices, shares)
+    return losses.starvation_loss(shares, affinity, floor=floor)
 
 
 class TestBalance:
@@ -134,8 +134,8 @@ class TestStarvation:
         shares = [probs_NE.mean(0), even_E, even_E, others_NE.mean(0).detach()]
         shares[basis] = starved_E
         loss = starvation(logits_NE, Shares(*shares))
-        mean_E = others_NE.pow(8).mean(0).pow(1 / 8)
-        expected = -(0.6 * mean_E[0].log() + 1.0 * mean_E[1].log())
+        eighth_E, first_E = others_NE.pow(8).mean(0).pow(1 / 8), others_NE.mean(0)
+        expected = -0.6 * (0.4 * eighth_E[0].log() + 0.6 * first_E[0].log()) - first_E[1].log()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(
             torch.autograd.grad(loss, logits_NE), torch.autograd.grad(expected, logits_NE)
@@ -151,17 +151,25 @@ class TestStarvation:
         )
 
     def test_most_of_the_pull_is_on_tokens_of_others_that_are_inclined_to_the_expert(self):
-        # One token is the third expert's own; a quarter of the others are inclined to it.
-        logits_NE = torch.zeros(41, 3, dtype=torch.float64)
+        # Six tokens are the third expert's own; a quarter of the others are inclined to it.
+        logits_NE = torch.zeros(46, 3, dtype=torch.float64)
         logits_NE[:20, 0] = 2.0
         logits_NE[20:40, 1] = 2.0
         logits_NE[:10, 2] = 1.0
-        logits_NE[40, 2] = 1.0
+        logits_NE[40:, 2] = 1.0
         logits_NE.requires_grad_()
         (gradient,) = torch.autograd.grad(starvation(logits_NE, shares_of(logits_NE, 1)), logits_NE)
         pull_N = -gradient[:, 2]
         assert pull_N[:10].sum() > 0.8 * pull_N[:40].sum() > 0
-        assert pull_N[40] == 0.0
+        assert not pull_N[40:].any()
+
+    def test_pull_on_a_dead_expert_is_on_every_token_by_its_probability(self):
+        logits_NE = fp64(32, 4, grad=False)
+        logits_NE[:, 0] -= 20
+        logits_NE.requires_grad_()
+        (gradient,) = torch.autograd.grad(starvation(logits_NE, shares_of(logits_NE, 1)), logits_NE)
+        prob_N = torch.softmax(logits_NE.detach(), -1)[:, 0]
+        torch.testing.assert_close(-gradient[:, 0], prob_N / prob_N.sum(), rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("below", [1.0, 10.0, 60.0])
     def test_pull_on_a_dead_expert_does_not_fade_as_it_sinks(self, below):
