@@ -434,7 +434,7 @@ class EcoMoE(nn.Module):
             assert y_NKF is not None
             terms["divergence"] = losses.divergence_loss(y_NKF.to(logits_NE.dtype))
         if self.z_weight > 0:
-            terms["z"] = losses.z_loss(logits_NE)
+            terms["z"] = losses.z_loss(self.router.scores(x_ND, logits_NE))
         return terms
 
     def _sustain(self, dtype: torch.dtype) -> Tensor | float:

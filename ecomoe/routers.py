@@ -65,8 +65,15 @@ class Router(nn.Module):
         """Draw fresh parameters, where there are any."""
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``."""
+        """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``.
+
+        A constant may be taken from all of a token's: see `scores`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define logits(x_ND)")
+
+    def scores(self, x_ND: Tensor, logits_NE: Tensor) -> Tensor:
+        """Return the scores of which a router gave the differences as logits, ``(N, E)``."""
+        return logits_NE
 
     def logits_apart(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores for tokens of any dtype, and once more without a gradient for these."""
@@ -299,11 +306,26 @@ class CosineRouter(Router):
         wide = torch.promote_types(x_ND.dtype, self.projection.dtype)
         return F.linear(x_ND.to(wide), self.projection.to(wide))
 
-    def logits(self, x_ND: Tensor) -> Tensor:
-        """Return the scores of all experts, ``(N, E)``."""
+    def cosines(self, x_ND: Tensor) -> Tensor:
+        """Return the cosines between the tokens' places and the centroids, ``(N, E)``."""
         place_NP = F.normalize(self.positions(x_ND), dim=-1)
         centroid_EP = F.normalize(self.centroids.to(place_NP.dtype), dim=-1)
-        return self.log_scale.exp() * F.linear(place_NP, centroid_EP)
+        return F.linear(place_NP, centroid_EP)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Return the scores of all experts less each token's greatest, ``(N, E)``.
+
+        The softmax of either is the same. But a division of large scores by a low temperature costs
+        digits of their differences, and the scale's gradient sums up multiples of them.
+        """
+        cosines_NE = self.cosines(x_ND)
+        return self.log_scale.exp() * (cosines_NE - cosines_NE.amax(-1, keepdim=True))
+
+    def scores(self, x_ND: Tensor, logits_NE: Tensor) -> Tensor:
+        """Return the scaled cosines themselves, ``(N, E)``."""
+        with without_autocast(x_ND):
+            greatest_N1 = self.cosines(x_ND.to(logits_NE.dtype)).amax(-1, keepdim=True)
+        return logits_NE + self.log_scale.exp() * greatest_N1
 
     def extra_repr(self) -> str:
         """Show sizes when printed."""

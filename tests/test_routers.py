@@ -99,7 +99,34 @@ class TestCosine:
         x_ND = torch.randn(7, 6)
         position_NP = x_ND @ router.projection.T
         cosine_NE = torch.cosine_similarity(position_NP[:, None], router.centroids[None], dim=-1)
-        torch.testing.assert_close(router(x_ND, T1).logits_NE, 10.0 * cosine_NE)
+        logits_NE = router(x_ND, T1).logits_NE
+        differences_NE = cosine_NE - cosine_NE.amax(-1, keepdim=True)
+        torch.testing.assert_close(logits_NE, 10.0 * differences_NE)
+        torch.testing.assert_close(router.scores(x_ND, logits_NE), 10.0 * cosine_NE)
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_the_scales_gradient_is_exact_at_a_low_temperature(self, seed):
+        torch.manual_seed(seed)
+        router, x_ND, slope_NE = (
+            CosineRouter(6, num_experts=5, top_k=2),
+            torch.randn(7, 6),
+            torch.rand(7, 5),
+        )
+        wide = copy.deepcopy(router).double()
+        low = torch.tensor(0.3, dtype=torch.float64)
+        (slope_NE.double() * wide(x_ND.double(), low).probs_NE).mean().backward()
+        (slope_NE * router(x_ND, low.float()).probs_NE).mean().backward()
+        expected = wide.log_scale.grad
+        torch.testing.assert_close(router.log_scale.grad.double(), expected, rtol=2e-6, atol=1e-9)
+
+    def test_the_z_loss_sees_the_scores_themselves(self):
+        layer = EcoMoE(6, 5, tiers=(3, 2), router="cosine", z_weight=1.0, dtype=torch.float64)
+        layer.router.double()
+        x_ND = torch.randn(7, 6, dtype=torch.float64)
+        layer(x_ND)
+        scores_NE = layer.router.log_scale.exp() * layer.router.cosines(x_ND)
+        expected = scores_NE.logsumexp(-1).square().mean()
+        torch.testing.assert_close(layer.auxiliary.terms["z"], expected.detach())
 
     def test_the_temperature_divides_the_scaled_similarity(self):
         router = CosineRouter(6, num_experts=5, top_k=5)
@@ -109,7 +136,7 @@ class TestCosine:
             ranked_NK = routing.logits_NE.gather(-1, routing.expert_ids_NK)
             gates_NK = torch.softmax(ranked_NK / temperature, dim=-1)
             torch.testing.assert_close(routing.weights_NK, gates_NK)
-            assert routing.logits_NE.abs().max() <= 10.0
+            assert router.scores(x_ND, routing.logits_NE).abs().max() <= 10.0
 
     def test_a_tokens_length_does_not_matter(self):
         router = CosineRouter(6, num_experts=5, top_k=2)
