@@ -1,6 +1,7 @@
 """Five ways to keep experts alive, on four tasks: quality, deaths, specialisation, seconds.
 
     python -m examples.balance_benchmark --seeds 3 --data path/to/cifar10 --data path/to/text.txt
+    python -m examples.balance_benchmark --seeds 6 heads=12
     python -m examples.balance_benchmark --tasks vit --policies ecomoe switch --seeds 1
     python -m examples.balance_benchmark --table
 
@@ -33,6 +34,7 @@ from examples.experiments.runner import brief, rounded
 from examples.experiments.storage import read_json, write_json
 from examples.policies import POLICIES, Policy
 
+TASKS = ("heads", "vit", "text", "upcycle")
 TIERS, TOP_K = (8, 4, 4), 2
 FEATURES, ROUTER_HIDDEN = 256, 128
 
@@ -321,18 +323,21 @@ def run(
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tasks = ("heads", "vit", "text", "upcycle")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--seeds", nargs="+", default=["3"], metavar="N", help="of all tasks, or of one: heads=12"
+    )
     parser.add_argument("--scale", choices=SIZES, default="small")
     parser.add_argument("--data", action="append", default=[], metavar="SOURCE")
     parser.add_argument("--out", type=Path, default=Path("runs/balance"))
     parser.add_argument("--results", type=Path, help="JSON file of all runs; OUT/balance.json")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds} must be at least 1")
+    try:
+        seeds = count_seeds(options.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     console = Console()
     path = options.results or options.out / f"balance-{options.scale}.json"
     if options.table:
@@ -354,8 +359,8 @@ def main(arguments: list[str] | None = None) -> None:
     runs: list[Record] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
-        for seed in range(options.seeds):
-            for name in options.tasks:
+        for seed in range(max(seeds[name] for name in options.tasks)):
+            for name in (name for name in options.tasks if seed < seeds[name]):
                 folder = options.out / options.scale
                 task = make_task(name, size, images, text, folder)
                 for policy_name in options.policies:
@@ -379,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
                     dead = result.get("dead", "no experts")
                     progress.console.print(f"{label}: loss {result['loss']:.4f}, DEAD {dead}")
                     content = {
-                        "command": _command(options, tasks),
+                        "command": _command(options),
                         "images": images.name,
                         "text": text.name,
                         "size": asdict(size),
@@ -396,14 +401,28 @@ def show(runs: list[Record], console: Console) -> None:
         console.print(shown)
 
 
-def _command(options: argparse.Namespace, tasks: tuple[str, ...]) -> str:
+def count_seeds(given: list[str]) -> dict[str, int]:
+    """Return how many seeds each task has, from ``["6", "heads=12"]``."""
+    counts = dict.fromkeys(TASKS, 3)
+    for each in given:
+        name, _, count = each.rpartition("=")
+        if not count.isdecimal() or int(count) < 1 or name not in ("", *TASKS):
+            raise ValueError(
+                f"--seeds {each} must be a count of at least 1, or one task's, as heads=12; "
+                f"tasks are {', '.join(TASKS)}"
+            )
+        counts.update(dict.fromkeys([name] if name else TASKS, int(count)))
+    return counts
+
+
+def _command(options: argparse.Namespace) -> str:
     """Return the command that repeats these runs."""
     parts = ["python -m examples.balance_benchmark", f"--scale {options.scale}"]
-    if list(options.tasks) != list(tasks):
+    if list(options.tasks) != list(TASKS):
         parts.append(f"--tasks {' '.join(options.tasks)}")
     if list(options.policies) != list(POLICIES):
         parts.append(f"--policies {' '.join(options.policies)}")
-    return " ".join([*parts, f"--seeds {options.seeds}", "--data DIR --data TEXT"])
+    return " ".join([*parts, f"--seeds {' '.join(options.seeds)}", "--data DIR --data TEXT"])
 
 
 if __name__ == "__main__":

@@ -139,3 +139,32 @@ def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():
     own = next(cells for cells in rows(runs) if cells[1] == "ecomoe")
     assert own[3].startswith("+0.1 % vs switch")
     assert float(own[3].split("p=")[1]) < 0.01
+
+
+def test_seeds_of_all_tasks_and_of_one():
+    assert balance_benchmark.count_seeds(["2", "heads=4"]) == {
+        "heads": 4,
+        "vit": 2,
+        "text": 2,
+        "upcycle": 2,
+    }
+    assert balance_benchmark.count_seeds(["vit=1"])["heads"] == 3
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two", "heads=0", "nobody=2", "heads="])
+def test_seeds_that_are_no_counts(wrong, capsys):
+    with pytest.raises(SystemExit):
+        balance_benchmark.main(["--seeds", wrong])
+    assert f"--seeds {wrong} must be" in capsys.readouterr().err
+
+
+def test_a_task_may_have_more_seeds(tmp_path):
+    arguments = ["--scale", "smoke", "--tasks", "heads", "upcycle", "--policies", "none"]
+    balance_benchmark.main([*arguments, "--seeds", "1", "heads=2", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "balance-smoke.json").read_text())
+    assert [(run["task"], run["seed"]) for run in content["runs"]] == [
+        ("heads", 0),
+        ("upcycle", 0),
+        ("heads", 1),
+    ]
+    assert content["command"].endswith("--seeds 1 heads=2 --data DIR --data TEXT")
