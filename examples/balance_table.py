@@ -118,7 +118,8 @@ def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
 
 
 # What tells of the label: key, form, and how it is said. NMI divides by the mean of both entropies:
-# where few experts share the tokens it is higher at equal nats.
+# where few experts share the tokens it is higher at equal nats. The mean over living experts counts
+# a rare niche as much as an expert of many tokens; weighed by tokens it is the first figure.
 TOLD = (
     ("information", "{:.3f} nats", "routing tells"),
     ("specialisation", "{:.3f}", "routing tells (NMI)"),
@@ -135,19 +136,28 @@ def promise(runs: list[Record]) -> str:
     ]
     for task in dict.fromkeys(run["task"] for run in own):
         for key, form, what in TOLD:
-            values = {
-                name: [
-                    run[key]
+            ours, theirs = (
+                {
+                    run["seed"]: run[key]
                     for run in runs
                     if (run["task"], run["policy"]) == (task, name) and key in run
-                ]
+                }
                 for name in ("ecomoe", "none")
-            }
-            if all(values.values()):
-                ours, theirs = (spread(of).mean for of in values.values())
-                more = "more" if ours > theirs else "less"
-                without = (
-                    f"than without balancing ({form.format(ours)} against {form.format(theirs)})"
-                )
-                said.append(f"{task}: {what} {more} of the label {without}.")
+            )
+            if ours and theirs:
+                said.append(f"{task}: {what} {_told(ours, theirs, form)}.")
     return " ".join(said)
+
+
+def _told(ours: dict[int, float], theirs: dict[int, float], form: str) -> str:
+    """Say whose routing tells more of the label, from values by seed."""
+    mine, other = (spread(list(values.values())).mean for values in (ours, theirs))
+    text = (
+        f"{'more' if mine > other else 'less'} of the label than without balancing "
+        f"({form.format(mine)} against {form.format(other)}"
+    )
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    within = spread(pairs).interval if pairs else None
+    if within is not None:
+        text += f"; difference {within[0]:+.3f} to {within[1]:+.3f}"
+    return text + ")"

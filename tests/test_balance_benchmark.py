@@ -128,6 +128,18 @@ def test_promise_is_broken_by_one_dead_expert_on_one_basis():
     assert "2.800 nats against" in said
 
 
+def test_what_routing_tells_has_an_interval_over_seeds():
+    runs = [
+        finished(policy, seed, information=information)
+        for policy, values in {"ecomoe": (0.2, 0.3, 0.4), "none": (0.1, 0.25, 0.25)}.items()
+        for seed, information in enumerate(values)
+    ]
+    said = promise(runs)
+    # Differences of 0.1, 0.05 and 0.15: 0.1 -+ 4.303 * 0.05 / sqrt(3).
+    assert "(NMI) more of the label than without balancing (0.300 against 0.200; " in said
+    assert "difference -0.024 to +0.224)" in said
+
+
 def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():
     # Seeds differ by far more than policies.
     losses = {"ecomoe": (1.001, 2.001, 3.003), "switch": (1.0, 2.0, 3.0), "bias": (5.0, 5.0, 5.0)}

@@ -193,6 +193,10 @@ def _benchmark(content: Record) -> str:
         f"{content['images']}; text: {content['text']}.",
         f"\n    {content['command']}\n",
         promise(content["runs"]) + "\n",
+        "Intervals are 95 %, by Student's t over seeds. Weighed by its tokens, what living experts "
+        "tell adds up to what the routing tells; *a living expert* is the unweighed mean, in which "
+        "a rare niche counts as much as an expert of many tokens. *nats / living* rises as fewer "
+        "live: what a model knows of the label is shared out among them.\n",
         "| " + " | ".join(HEADINGS) + " |",
         "|---" * len(HEADINGS) + "|",
     ]
