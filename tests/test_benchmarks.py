@@ -205,6 +205,22 @@ def test_page_and_plots_are_made_of_a_record(record):
     assert plots.curves(races["gpt"]).count("<polyline") == 2
 
 
+def test_page_has_compiled_forms_where_they_were_measured(record):
+    layers = with_ratio(record, LARGE, 1.234)
+    results = {
+        "machine": {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"},
+        "constants": {"fp32": [1e11, 1e10], "bf16": [4e11, 1e10]},
+        "layers": layers,
+    }
+    assert "## Compiled" not in page.page(results, {})
+    times = {"ecomoe compiled": 0.8, "grouped_mm compiled": 1.5, "dense compiled": 0.9}
+    for found in layers.values():
+        for name, time in times.items():
+            found["contenders"][name] = {"both": {"over_dense": [time, time, time]}}
+    text = page.page(results, {})
+    assert "| 0.80 [0.80, 0.80] | 1.50 [1.50, 1.50] | 0.90 [0.90, 0.90] |" in text
+
+
 def test_page_keeps_what_was_written_by_hand(record, tmp_path):
     results = {
         "machine": {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"},

@@ -70,6 +70,7 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
         _layers(records, machines),
         "![Time over the dense FFN](benchmarks.svg)",
         _left_out(records),
+        _compiled(records),
         "## The cost model",
         _cost_model(records, machines),
     ]
@@ -145,6 +146,26 @@ def _left_out(records: Records) -> str:
         "Contenders over 12 times slower than dense are timed in three rounds alone.\n\nLeft out:"
     )
     return "\n".join([note, "", *lines])
+
+
+def _compiled(records: Records) -> str:
+    names = (OURS, f"{OURS} compiled", "grouped_mm compiled", "dense compiled")
+    rows = [
+        [
+            described(Shape(**record["shape"])),
+            *(_spread(record["contenders"][name]["both"]["over_dense"]) for name in names),
+        ]
+        for record in records.values()
+        if all(name in record["contenders"] for name in names)
+    ]
+    if not rows:
+        return ""
+    heads = ("shape", "ours", "ours, compiled", "`grouped_mm`, compiled", "dense, compiled")
+    return (
+        "## Compiled\n\nForward + backward under `torch.compile` (Inductor) over the dense FFN as "
+        "it is: `python -m tests.benchmarks.layer --compiled --again --shape NAME`.\n\n"
+        + _table(heads, rows)
+    )
 
 
 def _cost_model(records: Records, machines: dict[str, Machine]) -> str:
