@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Rescued", "rescue"]
 
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 class Rescued(NamedTuple):
     """An expert that was seeded anew.
 
     Attributes:
-        layer: Name of its layer in the model.
+        layer: Name of its layer in the model, without the parts that wrappers add.
         expert: Its id.
         donor: The living expert that it is now a copy of, up to noise.
     """
@@ -82,7 +84,8 @@ def rescue(
     Args:
         model: Holds the layers; changed in place.
         usage: What was counted: a monitor, a report or its dict (evaluation traffic where there is
-            any), or for each layer's name the slots that each expert got, (E,).
+            any), or for each layer's name the slots that each expert got, (E,). It may have watched
+            the model inside its wrappers (DDP, `torch.compile`), or this one within them.
         event: A death that the monitor found: then only this expert is rescued.
         optimizer: The one in use, if any.
         thresholds: What DEAD means; see `Monitor`.
@@ -156,26 +159,32 @@ def _counts_of(usage: Any) -> dict[str, Sequence[float]]:
             "layers' names to the slots of each expert: pass one of these"
         )
     if "layers" in record:
-        return {layer["name"]: layer["counts"]["topk"] for layer in record["layers"]}
-    return dict(record)
+        return {_unwrapped(layer["name"]): layer["counts"]["topk"] for layer in record["layers"]}
+    return {_unwrapped(name): slots for name, slots in record.items()}
+
+
+def _unwrapped(name: object) -> str:
+    """Return a layer's name without what DDP, FSDP, compilation and checkpointing add to it."""
+    return ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
 
 
 def _layers(
     model: nn.Module, counts: Mapping[str, Any], event: Event | None
 ) -> Iterator[tuple[str, EcoMoE]]:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, EcoMoE)}
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, EcoMoE)}
     if not layers:
         raise ValueError(
             f"model={type(model).__name__} has no EcoMoE layer; pass the model that was converted"
         )
-    wanted = layers if event is None else {event.layer: layers.get(str(event.layer))}
+    named = None if event is None else _unwrapped(event.layer)
+    wanted = layers if named is None else {named: layers.get(named)}
     for name, layer in wanted.items():
         if layer is None or name not in counts:
             raise ValueError(
                 f"layer {name!r} must be in both usage ({', '.join(map(repr, counts))}) and model "
                 f"({', '.join(map(repr, layers))}); pass the model that was counted"
             )
-        yield str(name), layer
+        yield name, layer
 
 
 def _checked(counts: Any, *, name: str, layer: EcoMoE) -> list[float]:

@@ -150,6 +150,27 @@ def test_reads_a_monitor_a_report_and_its_dict():
         assert [(f.layer, f.expert) for f in found] == [("0", 1)]
 
 
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize("watched", ["inside", "outside"])
+def test_a_wrapped_model_is_the_model(watched):
+    layer, x, _ = starved()
+    model = nn.Sequential(layer)
+    wrapped = torch.compile(Wrapper(model), backend="eager")
+    seen, other = (model, wrapped) if watched == "inside" else (wrapped, model)
+    with ecomoe.Monitor(seen, view="off") as monitor:
+        seen(x)
+        found = rescue(other, monitor)
+    assert [(f.layer, f.expert) for f in found] == [("0", 1)]
+
+
 def test_as_an_action_of_the_monitor():
     layer, x, _ = starved()
     model = nn.Sequential(layer)
