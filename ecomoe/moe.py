@@ -239,6 +239,7 @@ class EcoMoE(nn.Module):
             device=device,
             dtype=wide,
         )
+        self.router.offset_wanted = z_weight > 0
         self.router.scores_apart = self.usage_floor > 0 and strength * balance_weight > 0
         self.experts: Experts
         outputs = num_classes if num_classes is not None else d_output
@@ -434,7 +435,8 @@ class EcoMoE(nn.Module):
             assert y_NKF is not None
             terms["divergence"] = losses.divergence_loss(y_NKF.to(logits_NE.dtype))
         if self.z_weight > 0:
-            terms["z"] = losses.z_loss(self.router.scores(x_ND, logits_NE))
+            offset_N1 = routing.offset_N1
+            terms["z"] = losses.z_loss(logits_NE if offset_N1 is None else logits_NE + offset_N1)
         return terms
 
     def _sustain(self, dtype: torch.dtype) -> Tensor | float:

@@ -48,10 +48,12 @@ class Router(nn.Module):
     Attributes:
         options: Names of the arguments that the class has of its own; see `build_router`.
         scores_apart: Whether it returns `Routing.own_logits_NE` in training.
+        offset_wanted: Whether it returns `Routing.offset_N1` in training.
         part: Which of the model's tokens the call under way has; ``None`` for all. See `given`.
     """
 
     scores_apart = False
+    offset_wanted = True
     part: Part | None = None
 
     options: ClassVar[tuple[str, ...]] = ()
@@ -67,13 +69,13 @@ class Router(nn.Module):
     def logits(self, x_ND: Tensor) -> Tensor:
         """Return the scores of all experts for fp32 (or fp64) tokens, ``(N, E)``.
 
-        A constant may be taken from all of a token's: see `scores`.
+        A constant may be taken from all of a token's: see `offset`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define logits(x_ND)")
 
-    def scores(self, x_ND: Tensor, logits_NE: Tensor) -> Tensor:
-        """Return the scores of which a router gave the differences as logits, ``(N, E)``."""
-        return logits_NE
+    def offset(self, x_ND: Tensor) -> Tensor | None:
+        """Return what `logits` takes from a token's scores, ``(N, 1)``; ``None`` for nothing."""
+        return None
 
     def logits_apart(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores for tokens of any dtype, and once more without a gradient for these."""
@@ -89,18 +91,21 @@ class Router(nn.Module):
     ) -> Routing:
         """Route tokens of any floating dtype; see `ecomoe.routing.route`."""
         with without_autocast(x_ND):
-            own_logits_NE = None
-            if self.scores_apart and self.training and torch.is_grad_enabled():
+            own_logits_NE = offset_N1 = None
+            learns = self.training and torch.is_grad_enabled()
+            if self.scores_apart and learns:
                 logits_NE, own_logits_NE = self.logits_apart(x_ND)
             else:
                 logits_NE = self.logits(x_ND.to(torch.promote_types(x_ND.dtype, torch.float32)))
+            if self.offset_wanted and learns:
+                offset_N1 = self.offset(x_ND.to(torch.promote_types(x_ND.dtype, torch.float32)))
             routing = route(
                 logits_NE,
                 top_k=self.top_k,
                 temperature=temperature,
                 random_routing=random_routing,
             )
-            return routing._replace(own_logits_NE=own_logits_NE)
+            return routing._replace(own_logits_NE=own_logits_NE, offset_N1=offset_N1)
 
     @contextmanager
     def given(self, part: Part | None) -> Iterator[None]:
@@ -321,11 +326,9 @@ class CosineRouter(Router):
         cosines_NE = self.cosines(x_ND)
         return self.log_scale.exp() * (cosines_NE - cosines_NE.amax(-1, keepdim=True))
 
-    def scores(self, x_ND: Tensor, logits_NE: Tensor) -> Tensor:
-        """Return the scaled cosines themselves, ``(N, E)``."""
-        with without_autocast(x_ND):
-            greatest_N1 = self.cosines(x_ND.to(logits_NE.dtype)).amax(-1, keepdim=True)
-        return logits_NE + self.log_scale.exp() * greatest_N1
+    def offset(self, x_ND: Tensor) -> Tensor:
+        """Return each token's greatest score, ``(N, 1)``."""
+        return self.log_scale.exp() * self.cosines(x_ND).amax(-1, keepdim=True)
 
     def extra_repr(self) -> str:
         """Show sizes when printed."""

@@ -27,6 +27,8 @@ class Routing(NamedTuple):
         weights_NK: Gate weights of the chosen experts, non-negative, summing to 1 for a token.
         own_logits_NE: The scores once more, with a gradient for the router's own parameters and
             none for the tokens; in training, where the layer asks for them.
+        offset_N1: What all scores of a token had more than its logits have; ``None`` for nothing.
+            In training, where the layer asks for it.
     """
 
     logits_NE: Tensor
@@ -34,6 +36,7 @@ class Routing(NamedTuple):
     expert_ids_NK: Tensor
     weights_NK: Tensor
     own_logits_NE: Tensor | None = None
+    offset_N1: Tensor | None = None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -81,7 +81,7 @@ class TestOtherRouters:
     def test_ddp(self, ranks, relay, router, options):
         assert max(ranks.run(run_ddp, self.case(relay, router), options)) < FP64
 
-    @pytest.mark.parametrize("how", ["root", "layers"])
+    @pytest.mark.parametrize("how", ["root", "layers", "routers"])
     def test_fsdp(self, ranks, relay, router, how):
         assert max(ranks.run(run_fsdp, self.case(relay, router), how, {})) < FP64
 

@@ -102,7 +102,7 @@ class TestCosine:
         logits_NE = router(x_ND, T1).logits_NE
         differences_NE = cosine_NE - cosine_NE.amax(-1, keepdim=True)
         torch.testing.assert_close(logits_NE, 10.0 * differences_NE)
-        torch.testing.assert_close(router.scores(x_ND, logits_NE), 10.0 * cosine_NE)
+        torch.testing.assert_close(logits_NE + router.offset(x_ND), 10.0 * cosine_NE)
 
     @pytest.mark.parametrize("seed", range(8))
     def test_the_scales_gradient_is_exact_at_a_low_temperature(self, seed):
@@ -128,6 +128,33 @@ class TestCosine:
         expected = scores_NE.logsumexp(-1).square().mean()
         torch.testing.assert_close(layer.auxiliary.terms["z"], expected.detach())
 
+    def test_the_z_loss_sees_the_scores_of_the_tokens_that_a_hook_gave_the_router(self):
+        layer = EcoMoE(6, 5, tiers=(3, 2), router="cosine", z_weight=1.0, dtype=torch.float64)
+        layer.router.double()
+        x_ND, other_ND = torch.randn(2, 7, 6, dtype=torch.float64)
+        layer(other_ND)
+        expected = layer.auxiliary.terms["z"]
+        layer.router.register_forward_pre_hook(lambda router, args: (other_ND, *args[1:]))
+        layer(x_ND)
+        torch.testing.assert_close(layer.auxiliary.terms["z"], expected)
+
+    def test_the_z_loss_of_a_router_that_knows_no_offset(self):
+        class Own(nn.Module):
+            def __init__(self, router):
+                super().__init__()
+                self.router = router
+
+            def forward(self, *args):
+                return self.router(*args)
+
+        layer = EcoMoE(6, 5, tiers=(3, 2), z_weight=1.0)
+        x_ND = torch.randn(7, 6)
+        layer(x_ND)
+        expected = layer.auxiliary.terms["z"]
+        layer.router = Own(layer.router)
+        layer(x_ND)
+        torch.testing.assert_close(layer.auxiliary.terms["z"], expected)
+
     def test_the_temperature_divides_the_scaled_similarity(self):
         router = CosineRouter(6, num_experts=5, top_k=5)
         x_ND = torch.randn(7, 6)
@@ -136,7 +163,7 @@ class TestCosine:
             ranked_NK = routing.logits_NE.gather(-1, routing.expert_ids_NK)
             gates_NK = torch.softmax(ranked_NK / temperature, dim=-1)
             torch.testing.assert_close(routing.weights_NK, gates_NK)
-            assert router.scores(x_ND, routing.logits_NE).abs().max() <= 10.0
+            assert (routing.logits_NE + router.offset(x_ND)).abs().max() <= 10.0
 
     def test_a_tokens_length_does_not_matter(self):
         router = CosineRouter(6, num_experts=5, top_k=2)
