@@ -1,7 +1,8 @@
 """Memory for large gradients on the CPU that is not handed back to the operating system.
 
-glibc gives a block of 32 MiB or more back as soon as it is freed, so that the stacked experts'
-gradients, freed and made anew in each step, cost one page fault per 4 KiB: as much time as the
+glibc gives a block of 32 MiB or more back as soon as it is freed, and smaller ones once some of
+them are free at the end of its heap. So the stacked experts' gradients and what lies between their
+products, freed and made anew in each step, cost one page fault per 4 KiB: as much time as the
 products that fill them, where tokens are few. Here such a block is kept for the next of its size.
 """
 
@@ -17,8 +18,8 @@ import weakref
 import torch
 from torch import Tensor
 
-# From here on glibc asks the system for each block (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).
-LARGE = 16 * 2**20
+# Keeping smaller ones takes longer than it saves.
+LARGE = 4 * 2**20
 
 
 class Blocks:

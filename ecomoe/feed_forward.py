@@ -14,6 +14,7 @@ pre-activations (H, or 2 H where the layer is gated), F output features.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from ecomoe.pieces import (
     most_rows,
     of_experts,
     product,
+    spare_memory,
 )
 
 # Slots up to which they are computed one by one, as in the decoding of one token.
@@ -83,7 +85,8 @@ def forward_alone(
     )
     tokens_R = tokens_S[layout.slots_R]
     x, pre, hidden = (
-        x_ND.new_empty(layout.most_rows * each) for each in (x_ND.shape[1], width, d_hidden)
+        spare_memory(x_ND, num_slots, up_EGD.shape[0], each)
+        for each in (x_ND.shape[1], width, d_hidden)
     )
     for piece in layout.pieces:
         own = piece.experts
@@ -169,8 +172,9 @@ def feed_forward_backward(
     grad_up_EGD = empty_gradient(up_EGD, layout.pieces)
     grad_down_EFH = empty_gradient(down_EFH, layout.pieces)
     widths = d_model, d_hidden, d_hidden, grad_NF.shape[1]
-    inner, hidden, slope, outer = (x_ND.new_empty(layout.most_rows * width) for width in widths)
-    joined = x_ND.new_empty(layout.most_rows * up_EGD.shape[1]) if gated else slope
+    spare = partial(spare_memory, x_ND, order_S.shape[0], num_experts)
+    inner, hidden, slope, outer = map(spare, widths)
+    joined = spare(up_EGD.shape[1]) if gated else slope
     groups = math.gcd(d_hidden, 16)
     for piece in layout.pieces:
         own = piece.experts

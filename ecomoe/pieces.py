@@ -119,11 +119,6 @@ class Layout:
         shifts_S = shifts_Q.repeat_interleave(ends_Q - starts_Q)
         self.rows_S = torch.arange(shifts_S.shape[0]).sub_(shifts_S)
 
-    @property
-    def most_rows(self) -> int:
-        """Rows of the largest piece."""
-        return max((piece.num_rows for piece in self.pieces), default=0)
-
     def rows_of(self, order_S: Tensor) -> Tensor:
         """Return the row of each slot in the order before they were sorted, ``(S,)``."""
         return torch.empty_like(order_S).scatter_(0, order_S, self.rows_S)
@@ -138,6 +133,12 @@ def most_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
     quarters = round(4 * MAX_EXCESS)
     in_use: int = torch.sym_min(num_experts, num_slots)  # type: ignore[assignment]
     return quarters * num_slots // 4 + each * in_use + 1
+
+
+def spare_memory(like: Tensor, num_slots: int, num_experts: int, width: int) -> Tensor:
+    """Return memory for any piece's rows of so many features; its size hangs on shapes alone."""
+    rows = min(MAX_PIECE_ROWS, most_rows(num_slots, num_experts, like.dtype))
+    return buffers.empty(like, (rows * width,))
 
 
 def cut(ends_E: Tensor, dtype: torch.dtype) -> list[Piece]:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecomoe.feed_forward import feed_forward
-from ecomoe.pieces import MAX_PIECE_ROWS, MAX_ROWS, Layout, cut, most_rows, padded_rows
+from ecomoe.pieces import (
+    MAX_PIECE_ROWS,
+    MAX_ROWS,
+    Layout,
+    cut,
+    most_rows,
+    padded_rows,
+    spare_memory,
+)
 
 COUNTS = st.lists(st.integers(0, 70) | st.integers(900, 2200), min_size=1, max_size=20)
 
@@ -42,7 +50,8 @@ def test_each_row_belongs_to_a_slot_of_its_expert(counts, dtype):
     assert layout.own_R[layout.rows_S].all()
     assert int(layout.own_R.sum()) == num_slots
     assert len(layout.slots_R) <= most_rows(num_slots, len(counts), dtype)
-    assert layout.most_rows <= MAX_PIECE_ROWS
+    room = len(spare_memory(torch.empty(0, dtype=dtype), num_slots, len(counts), 1))
+    assert max((piece.num_rows for piece in layout.pieces), default=0) <= room <= MAX_PIECE_ROWS
     experts_S = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     begin = 0
     for piece in layout.pieces:
