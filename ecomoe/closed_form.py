@@ -9,8 +9,7 @@ Axes: N tokens, E experts, D input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,33 +25,20 @@ CACHED = 2**18
 MOST_UNITS = 2.0**14
 
 
-def mean_probabilities(logits_NE: Tensor, *, values_NE: Tensor | None = None) -> Tensor:
-    """Return the mean of ``softmax(logits)`` over tokens, ``(E,)``; NaN without tokens.
+def routing_means(
+    logits_NE: Tensor, first_N: Tensor, temperature: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three means over tokens; all are NaN without tokens.
+
+    They are those of ``softmax(logits)``, ``(E,)``; of the same, but 0 for first choices, ``(E,)``,
+    without a gradient; and of the entropy of ``softmax(logits / T)``, nats.
 
     Args:
         logits_NE: The scores, which get the gradient.
-        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
-    """
-    return _MeanProbabilities.apply(logits_NE, values_NE)  # type: ignore[no-any-return]
-
-
-def mean_of_others(logits_NE: Tensor, first_N: Tensor) -> Tensor:
-    """Return the mean of ``softmax(logits)``, 0 for first choices, ``(E,)``; without gradient.
-
-    Args:
-        logits_NE: The scores.
         first_N: The expert that each token chose first.
+        temperature: T, which gets none.
     """
-
-    def probabilities(logits_NE: Tensor, first_N: Tensor) -> Tensor:
-        return torch.softmax(logits_NE, dim=-1).scatter(-1, first_N.unsqueeze(-1), 0.0)
-
-    return _mean_by_blocks(probabilities, logits_NE.detach(), first_N)
-
-
-def mean_entropy(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
-    """Return the mean entropy of ``softmax(logits / T)``, nats; no gradient reaches T."""
-    return _MeanEntropy.apply(logits_NE, temperature)  # type: ignore[no-any-return]
+    return _RoutingMeans.apply(logits_NE, first_N, temperature)  # type: ignore[no-any-return]
 
 
 def mean_powers(
@@ -66,10 +52,19 @@ def mean_powers(
         logits_NE: The scores, which get the gradient.
         unit_E: What probabilities are measured in, so that powers keep within fp32.
         first_N: The expert that each token chose first.
-        values_NE: As for `mean_probabilities`.
+        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
-    both_2E = _MeanPowers.apply(logits_NE, unit_E.detach(), first_N, values_NE)
-    return both_2E[0], both_2E[1]
+    return _MeanPowers.apply(logits_NE, unit_E, first_N, values_NE)  # type: ignore[no-any-return]
+
+
+def balance(importance_E: Tensor, top1_E: Tensor, topk_E: Tensor) -> Tensor:
+    """Return `ecomoe.losses.balance_loss` of shares; the importance alone gets a gradient."""
+    return _Balance.apply(importance_E, top1_E, topk_E)  # type: ignore[no-any-return]
+
+
+def positive(share_E: Tensor) -> Tensor:
+    """Return shares that have a logarithm in fp32, also where they have underflowed."""
+    return share_E.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,13 +89,18 @@ def _blocks(logits_NE: Tensor, *, at_once: bool = False) -> list[slice]:
     return [slice(start, start + rows) for start in starts] if len(starts) > 1 else whole
 
 
-def _mean_by_blocks(function: Callable[..., Tensor], logits_NE: Tensor, *others: Tensor) -> Tensor:
-    """Return the mean over rows of a function of the rows of the logits, and of others' rows."""
+def _means_by_blocks(
+    means: Callable[..., tuple[Tensor, ...]], logits_NE: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """Return means over rows from what gives those of some rows of the logits and of others."""
     blocks = _blocks(logits_NE)
     if len(blocks) == 1:
-        return function(logits_NE, *others).mean(0)
-    sums = [function(logits_NE[rows], *(each[rows] for each in others)).sum(0) for rows in blocks]
-    return torch.stack(sums).sum(0) / logits_NE.shape[0]
+        return means(logits_NE, *others)
+    parts = []
+    for rows in blocks:
+        weight = len(logits_NE[rows]) / len(logits_NE)
+        parts.append([m * weight for m in means(logits_NE[rows], *(each[rows] for each in others))])
+    return tuple(torch.stack(each).sum(0) for each in zip(*parts, strict=True))
 
 
 def _by_blocks(
@@ -116,29 +116,48 @@ def _by_blocks(
     return out_NE
 
 
-class _MeanProbabilities(torch.autograd.Function):
+class _RoutingMeans(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits_NE: Tensor, values_NE: Tensor | None) -> Tensor:
-        return _mean_by_blocks(partial(torch.softmax, dim=-1), logits_NE)
+    def forward(
+        logits_NE: Tensor, first_N: Tensor, temperature: Tensor | float
+    ) -> tuple[Tensor, ...]:
+        def means(logits_NE: Tensor, first_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            probs_NE = torch.softmax(logits_NE, dim=-1)
+            importance_E = probs_NE.mean(0)
+            others_NE = probs_NE.scatter(-1, first_N.unsqueeze(-1), 0.0)
+            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
+            entropy_N = -(log_probs_NE.exp() * log_probs_NE).sum(-1)
+            return importance_E, others_NE.mean(0), entropy_N.mean()
+
+        return _means_by_blocks(means, logits_NE, first_N)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        logits_NE, values_NE = inputs
-        ctx.save_for_backward(logits_NE if values_NE is None else values_NE)
+        logits_NE, _, temperature = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.is_tensor = isinstance(temperature, Tensor)
+        ctx.temperature = None if ctx.is_tensor else temperature
+        ctx.save_for_backward(logits_NE, *([temperature] if ctx.is_tensor else []))
 
     @staticmethod
-    def backward(ctx, grad_E: Tensor):  # type: ignore[no-untyped-def]
-        (logits_NE,) = ctx.saved_tensors
+    def backward(ctx, grad_E: Tensor, _: None, grad: Tensor):  # type: ignore[no-untyped-def]
+        logits_NE, *rest = ctx.saved_tensors
+        temperature = rest[0] if rest else ctx.temperature
         slope_E = grad_E / logits_NE.shape[0]
+        scale = -grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
 
         def gradient(logits_NE: Tensor) -> Tensor:
             probs_NE = torch.softmax(logits_NE, dim=-1)
-            found: Tensor = probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True))
-            return found
+            own_NE = probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True))
+            cool_NE = logits_NE / temperature
+            probs_NE = torch.softmax(cool_NE, dim=-1)
+            # log p less its mean, of which the normaliser is no part.
+            apart_NE = cool_NE - (probs_NE * cool_NE).sum(-1, keepdim=True)
+            return torch.addcmul(own_NE, probs_NE * scale, apart_NE)
 
-        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
+        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None, None
 
 
 class _MeanPowers(torch.autograd.Function):
@@ -147,12 +166,12 @@ class _MeanPowers(torch.autograd.Function):
     @staticmethod
     def forward(
         logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, values_NE: Tensor | None
-    ) -> Tensor:
-        def powers(logits_NE: Tensor, first_N: Tensor) -> Tensor:
+    ) -> tuple[Tensor, ...]:
+        def powers(logits_NE: Tensor, first_N: Tensor) -> tuple[Tensor, Tensor]:
             units_NE = _units(torch.softmax(logits_NE, dim=-1), unit_E, first_N)
-            return torch.stack((units_NE, _eighth_power(units_NE)), dim=1)
+            return units_NE.mean(0), _eighth_power(units_NE).mean(0)
 
-        return _mean_by_blocks(powers, logits_NE, first_N)
+        return _means_by_blocks(powers, logits_NE, first_N)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -160,16 +179,16 @@ class _MeanPowers(torch.autograd.Function):
         ctx.save_for_backward(logits_NE if values_NE is None else values_NE, unit_E, first_N)
 
     @staticmethod
-    def backward(ctx, grad_2E: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_E: Tensor, grad_eighth_E: Tensor):  # type: ignore[no-untyped-def]
         logits_NE, unit_E, first_N = ctx.saved_tensors
-        slope_E, eighth_E = grad_2E / logits_NE.shape[0]
+        slope_E = grad_E / logits_NE.shape[0]
+        eighth_E = 8.0 * grad_eighth_E / logits_NE.shape[0]
 
         def gradient(logits_NE: Tensor, first_N: Tensor) -> Tensor:
             probs_NE = torch.softmax(logits_NE, dim=-1)
             units_NE = _units(probs_NE, unit_E, first_N)
-            pull_NE = units_NE * slope_E + _eighth_power(units_NE) * (8.0 * eighth_E)
-            found: Tensor = pull_NE - probs_NE * pull_NE.sum(-1, keepdim=True)
-            return found
+            pull_NE = torch.addcmul(units_NE * slope_E, _eighth_power(units_NE), eighth_E)
+            return torch.addcmul(pull_NE, probs_NE, pull_NE.sum(-1, keepdim=True), value=-1.0)
 
         at_once = torch.is_grad_enabled()
         return _by_blocks(gradient, logits_NE, first_N, at_once=at_once), None, None, None
@@ -185,38 +204,26 @@ def _eighth_power(units_NE: Tensor) -> Tensor:
     return units_NE.clamp_max(MOST_UNITS).square().square().square()
 
 
-class _MeanEntropy(torch.autograd.Function):
+class _Balance(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits_NE: Tensor, temperature: Tensor | float) -> Tensor:
-        def entropies(logits_NE: Tensor) -> Tensor:
-            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
-            return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
-
-        return _mean_by_blocks(entropies, logits_NE)
+    def forward(importance_E: Tensor, top1_E: Tensor, topk_E: Tensor) -> Tensor:
+        num_experts = importance_E.numel()
+        kl = importance_E.dot(positive(importance_E * num_experts).log())
+        squares = top1_E.dot(top1_E) + topk_E.dot(topk_E)
+        return kl + (squares * (num_experts / 2) - 1.0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        logits_NE, temperature = inputs
-        ctx.is_tensor = isinstance(temperature, Tensor)
-        ctx.temperature = None if ctx.is_tensor else temperature
-        ctx.save_for_backward(logits_NE, *([temperature] if ctx.is_tensor else []))
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        logits_NE, *rest = ctx.saved_tensors
-        temperature = rest[0] if rest else ctx.temperature
-        scale = -grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
-
-        def gradient(logits_NE: Tensor) -> Tensor:
-            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
-            probs_NE = log_probs_NE.exp()
-            entropy_N1 = -(probs_NE * log_probs_NE).sum(-1, keepdim=True)
-            found: Tensor = probs_NE * (log_probs_NE + entropy_N1) * scale
-            return found
-
-        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None
+        importance_E, top1_E, topk_E = ctx.saved_tensors
+        num_experts = importance_E.numel()
+        slope_E = positive(importance_E * num_experts).log() + 1.0
+        return grad * slope_E.add(top1_E + topk_E, alpha=num_experts), None, None
 
 
 class _LinearTwice(torch.autograd.Function):
@@ -224,8 +231,14 @@ class _LinearTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NE = F.linear(x_ND.to(weight_ED.dtype), weight_ED, bias_E)
-        return logits_NE, logits_NE.clone()
+        blocks = _blocks(x_ND, at_once=x_ND.dtype == weight_ED.dtype)
+        if len(blocks) == 1:
+            logits_NE = F.linear(x_ND.to(weight_ED.dtype), weight_ED, bias_E)
+        else:
+            logits_NE = weight_ED.new_empty(x_ND.shape[0], weight_ED.shape[0])
+            for rows, wide_ND in _widened(x_ND, blocks, weight_ED.dtype):
+                torch.addmm(bias_E, wide_ND, weight_ED.mT, out=logits_NE[rows])
+        return logits_NE, logits_NE.view_as(logits_NE)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -236,6 +249,25 @@ class _LinearTwice(torch.autograd.Function):
     def backward(ctx, grad_NE: Tensor, own_NE: Tensor):  # type: ignore[no-untyped-def]
         x_ND, weight_ED = ctx.saved_tensors
         both_NE = grad_NE + own_NE
+        at_once = x_ND.dtype == weight_ED.dtype or torch.is_grad_enabled()
+        blocks = _blocks(x_ND, at_once=at_once)
         with without_autocast(x_ND):
-            grad_x_ND = (grad_NE @ weight_ED).to(x_ND.dtype) if ctx.needs_input_grad[0] else None
-            return grad_x_ND, both_NE.mT @ x_ND.to(weight_ED.dtype), both_NE.sum(0)
+            if len(blocks) == 1:
+                to_x_ND = (grad_NE @ weight_ED).to(x_ND.dtype) if ctx.needs_input_grad[0] else None
+                return to_x_ND, both_NE.mT @ x_ND.to(weight_ED.dtype), both_NE.sum(0)
+            to_x_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+            to_weight_ED = torch.zeros_like(weight_ED)
+            for rows, wide_ND in _widened(x_ND, blocks, weight_ED.dtype):
+                to_weight_ED.addmm_(both_NE[rows].mT, wide_ND)
+                if to_x_ND is not None:
+                    to_x_ND[rows] = torch.mm(grad_NE[rows], weight_ED, out=wide_ND)
+            return to_x_ND, to_weight_ED, both_NE.sum(0)
+
+
+def _widened(
+    x_ND: Tensor, blocks: list[slice], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows at a time in a wider dtype, all in the same memory."""
+    memory_ND = x_ND.new_empty(x_ND[blocks[0]].shape, dtype=dtype)
+    for rows in blocks:
+        yield rows, memory_ND[: len(x_ND[rows])].copy_(x_ND[rows])

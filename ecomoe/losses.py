@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecomoe.closed_form import (
-    mean_entropy,
-    mean_of_others,
-    mean_powers,
-    mean_probabilities,
-)
+from ecomoe.closed_form import balance, mean_powers, positive, routing_means
 from ecomoe.routing import without_autocast
 
 
@@ -51,23 +46,26 @@ def expert_shares(expert_ids: Tensor, *, num_experts: int, dtype: torch.dtype) -
 
 
 def routing_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> Shares:
-    """Return soft importance and hard assignment shares of a batch.
+    """Return soft importance and hard assignment shares of a batch; see `shares_and_entropy`."""
+    return shares_and_entropy(logits_NE, expert_ids_NK)[0]
+
+
+def shares_and_entropy(
+    logits_NE: Tensor, expert_ids_NK: Tensor, *, temperature: Tensor | float = 1.0
+) -> tuple[Shares, Tensor]:
+    """Return a batch's shares, and its tokens' mean entropy of ``softmax(logits / T)``, nats.
 
     The importance is taken at temperature 1 on purpose: at a high T ``softmax(logits / T)`` looks
     uniform while its argmax is concentrated, and a balance loss would see nothing to mend.
     """
-    num_experts = logits_NE.shape[-1]
-    return Shares(
-        importance_E=mean_probabilities(logits_NE),
-        top1_E=expert_shares(expert_ids_NK[:, 0], num_experts=num_experts, dtype=logits_NE.dtype),
-        topk_E=expert_shares(expert_ids_NK, num_experts=num_experts, dtype=logits_NE.dtype),
-        others_E=mean_of_others(logits_NE, expert_ids_NK[:, 0]),
-    )
-
-
-def squared_cv(share_E: Tensor) -> Tensor:
-    """Return the squared coefficient of variation of shares that sum to 1: ``E * sum(s^2) - 1``."""
-    return share_E.numel() * share_E.square().sum() - 1.0
+    importance_E, others_E, entropy = routing_means(logits_NE, expert_ids_NK[:, 0], temperature)
+    num_tokens, top_k = expert_ids_NK.shape
+    one_KN = logits_NE.new_ones(()).expand(top_k, num_tokens)
+    counts_KE = logits_NE.new_zeros(top_k, logits_NE.shape[-1])
+    counts_KE = counts_KE.scatter_add(1, expert_ids_NK.mT, one_KN)
+    top1_E = counts_KE[0] / max(num_tokens, 1)
+    topk_E = counts_KE.sum(0) / max(num_tokens * top_k, 1)
+    return Shares(importance_E, top1_E, topk_E, others_E), entropy
 
 
 def balance_loss(shares: Shares) -> Tensor:
@@ -79,13 +77,7 @@ def balance_loss(shares: Shares) -> Tensor:
     (straight-through): ``dCV^2 = 2 E sum(share * d importance)``, twice the Switch Transformer's
     ``E sum(f P)`` (equation 4 there). Both bases are in it because the taxonomy counts both.
     """
-    importance_E, top1_E, topk_E, _ = shares
-    num_experts = importance_E.numel()
-    kl: Tensor = (importance_E * _log(importance_E * num_experts)).sum()
-    through_E = importance_E - importance_E.detach()
-    variation = squared_cv(top1_E + through_E) + squared_cv(topk_E + through_E)
-    loss: Tensor = kl + variation / 2
-    return loss
+    return balance(shares.importance_E, shares.top1_E, shares.topk_E)
 
 
 class Affinity(NamedTuple):
@@ -121,7 +113,7 @@ def affinity(
         shares: How the tokens, or all ranks' tokens, are spread.
         values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
-    unit_E = _positive(shares.others_E)
+    unit_E = positive(shares.others_E)
     return Affinity(*mean_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE))
 
 
@@ -142,23 +134,14 @@ def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tens
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
     _, top1_E, topk_E, others_E = shares
-    usage_E = torch.minimum(top1_E, topk_E) * others_E.numel()
-    want_E = (1.0 - usage_E / floor).clamp_min(0.0).detach()
+    usage_E = torch.minimum(top1_E, topk_E)
+    want_E = (1.0 - usage_E * (others_E.numel() / floor)).clamp_min(0.0)
     # Below the bounds only where probabilities underflow: there, a loss scaler would have 1/m
     # overflow.
     log_m1_E = affinity.mean_E.clamp_min(2.0**-8).log()
     log_m8_E = affinity.eighth_E.clamp_min(2.0**-64).log() / 8
-    log_mean_E = _log(others_E) + torch.lerp(log_m8_E, log_m1_E, want_E)
-    return -(want_E * log_mean_E).sum()
-
-
-def _log(share_E: Tensor) -> Tensor:
-    """Return the logarithm; finite, and without gradient, where a share has underflowed in fp32."""
-    return _positive(share_E).log()
-
-
-def _positive(share_E: Tensor) -> Tensor:
-    return share_E.clamp_min(torch.finfo(torch.float32).tiny)
+    log_mean_E = positive(others_E).log() + torch.lerp(log_m8_E, log_m1_E, want_E)
+    return -want_E.dot(log_mean_E)
 
 
 def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
@@ -167,13 +150,22 @@ def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Te
     return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
 
 
-def entropy_loss(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
+def entropy_loss(
+    logits_NE: Tensor, *, temperature: Tensor | float = 1.0, entropy: Tensor | None = None
+) -> Tensor:
     """Return how far the mean token entropy is below its maximum, ``log E - H``, nats, >= 0.
 
     The gradient is that of ``-H``: minimising it keeps the router undecided (section 3.2 of the E
     paper, where its weight is H).
+
+    Args:
+        logits_NE: Router scores.
+        temperature: T of the softmax.
+        entropy: The mean, where it is known; see `shares_and_entropy`.
     """
-    return math.log(logits_NE.shape[-1]) - mean_entropy(logits_NE, temperature)
+    if entropy is None:
+        entropy = token_entropy(logits_NE, temperature=temperature).mean()
+    return math.log(logits_NE.shape[-1]) - entropy
 
 
 def oracle_loss(logits_NE: Tensor, teacher_NE: Tensor) -> Tensor:

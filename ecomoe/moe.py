@@ -361,7 +361,9 @@ class EcoMoE(nn.Module):
         self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
-        shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
+        shares, entropy = losses.shares_and_entropy(
+            routing.logits_NE, routing.expert_ids_NK, temperature=self.temperature.clone()
+        )
         share_of_ranks: Tensor | float = 1.0
         if self.reduce_shares is not None:
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
@@ -374,7 +376,7 @@ class EcoMoE(nn.Module):
             )
             if self.reduce_shares is not None:
                 affinity, _ = self.reduce_shares(affinity, x_ND.shape[0])
-        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity)
+        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity, entropy)
         if not terms:
             return routing.weights_NK
         loss = self._weigh(terms) * share_of_ranks
@@ -396,13 +398,14 @@ class EcoMoE(nn.Module):
         targets: Tensor | None,
         shares: losses.Shares,
         affinity: losses.Affinity | None,
+        entropy: Tensor,
     ) -> dict[str, Tensor]:
         """Return the auxiliary losses of a call by name, scalars before their weights.
 
         A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
         balances: of this call's tokens, or of all data-parallel ranks'. ``affinity`` is these
         tokens' `losses.affinity`; its gradient stays in the router: a pull towards starving experts
-        must not bend the tokens' features, which are to serve the task.
+        must not bend the tokens' features, which are to serve the task. ``entropy`` is their mean.
         """
         logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
         control = self.control
@@ -413,7 +416,7 @@ class EcoMoE(nn.Module):
                 starvation = losses.starvation_loss(shares, affinity, floor=self.usage_floor)
                 terms["starvation"] = starvation * self._sustain(starvation.dtype)
         if control.entropy_weight > 0 and self.strength > 0:
-            terms["entropy"] = losses.entropy_loss(logits_NE, temperature=self.temperature.clone())
+            terms["entropy"] = losses.entropy_loss(logits_NE, entropy=entropy)
         if control.oracle_weight > 0 and self.strength > 0:
             assert self.oracle is not None
             terms["oracle"] = imitation_loss(
@@ -465,9 +468,10 @@ class EcoMoE(nn.Module):
 
     def _weigh(self, terms: dict[str, Tensor]) -> Tensor:
         weights = self.term_weights()
-        total = torch.zeros((), dtype=torch.float32, device=self.temperature.device)
-        for name, term in terms.items():
-            total = total + weights[name] * term
+        (first, term), *others = terms.items()
+        total = weights[first] * term
+        for name, term in others:
+            total = torch.add(total, term, alpha=weights[name])
         return total
 
     def _check_input(self, x: Tensor) -> None:

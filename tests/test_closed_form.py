@@ -8,11 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ecomoe import EcoMoE, closed_form
 from ecomoe.closed_form import (
     MOST_UNITS,
+    balance,
     linear_twice,
-    mean_entropy,
-    mean_of_others,
     mean_powers,
-    mean_probabilities,
+    routing_means,
 )
 from ecomoe.routers import LinearRouter, Router
 
@@ -36,16 +35,25 @@ def powers(logits_NE, order):
     return (torch.softmax(logits_NE, -1) / UNIT_E * others(logits_NE)).pow(order).mean(0)
 
 
+def means(logits_NE, temperature):
+    importance_E, _, mean = routing_means(logits_NE, logits_NE.argmax(-1), temperature)
+    return importance_E, mean
+
+
 CASES = {
     "powers": (
         lambda z: torch.stack(mean_powers(z, UNIT_E, z.argmax(-1))),
         lambda z: torch.stack([powers(z, order) for order in (1, 8)]),
     ),
-    "probabilities": (mean_probabilities, lambda z: torch.softmax(z, -1).mean(0)),
-    "entropy": (lambda z: mean_entropy(z, 0.7), lambda z: entropy(z, 0.7)),
+    "probabilities": (lambda z: means(z, 0.7)[0], lambda z: torch.softmax(z, -1).mean(0)),
+    "entropy": (lambda z: means(z, 0.7)[1], lambda z: entropy(z, 0.7)),
     "entropy at a tensor": (
-        lambda z: mean_entropy(z, torch.tensor(0.7)),
+        lambda z: means(z, torch.tensor(0.7))[1],
         lambda z: entropy(z, torch.tensor(0.7)),
+    ),
+    "probabilities and entropy": (
+        lambda z: torch.hstack(means(z, 1.7)),
+        lambda z: torch.hstack((torch.softmax(z, -1).mean(0), entropy(z, 1.7))),
     ),
 }
 
@@ -63,10 +71,23 @@ def test_values_and_two_derivatives(case):
 def test_mean_of_others(rows, monkeypatch):
     logits_NE = logits()
     monkeypatch.setattr(closed_form, "CACHED", rows * logits_NE.shape[1])
-    mean_E = mean_of_others(logits_NE, logits_NE.argmax(-1))
+    _, mean_E, _ = routing_means(logits_NE, logits_NE.argmax(-1), 1.0)
     expected_E = (torch.softmax(logits_NE, -1) * others(logits_NE)).mean(0)
     torch.testing.assert_close(mean_E, expected_E.detach())
     assert not mean_E.requires_grad
+
+
+def test_balance_has_two_derivatives_by_the_importance():
+    importance_E = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    top1_E, topk_E = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.25, 0.25]]).double()
+
+    (slope_E,) = torch.autograd.grad(
+        balance(importance_E, top1_E, topk_E), importance_E, create_graph=True
+    )
+    (curvature_E,) = torch.autograd.grad(slope_E.sum(), importance_E)
+    expected_E = (importance_E * 4).log() + 1 + 4 * (top1_E + topk_E)
+    torch.testing.assert_close(slope_E, expected_E)
+    torch.testing.assert_close(curvature_E, 1 / importance_E)
 
 
 def test_far_above_the_unit_powers_end_and_gradients_do_not():
@@ -127,9 +148,7 @@ def test_all_means_keep_one_matrix():
     own_NE = logits_NE.detach().clone().requires_grad_()
     first_N = logits_NE.argmax(-1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        mean_probabilities(logits_NE)
-        mean_entropy(logits_NE, torch.tensor(2.0))
-        mean_probabilities(own_NE, values_NE=logits_NE)
+        routing_means(logits_NE, first_N, torch.tensor(2.0))
         mean_powers(own_NE, torch.tensor(0.2), first_N, values_NE=logits_NE)
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (logits_NE, first_N)}
 
