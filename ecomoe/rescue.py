@@ -45,7 +45,7 @@ class Rescued(NamedTuple):
 @torch.no_grad()
 def rescue(
     model: nn.Module,
-    usage: Monitor | Report | Mapping[str, Any],
+    usage: Monitor | Report | Mapping[str, Any] | None = None,
     *,
     event: Event | None = None,
     optimizer: Optimizer | None = None,
@@ -85,7 +85,8 @@ def rescue(
         model: Holds the layers; changed in place.
         usage: What was counted: a monitor, a report or its dict (evaluation traffic where there is
             any), or for each layer's name the slots that each expert got, (E,). It may have watched
-            the model inside its wrappers (DDP, `torch.compile`), or this one within them.
+            the model inside its wrappers (DDP, `torch.compile`), or this one within them. By
+            default the monitor that watches the model.
         event: A death that the monitor found: then only this expert is rescued.
         optimizer: The one in use, if any.
         thresholds: What DEAD means; see `Monitor`.
@@ -93,7 +94,8 @@ def rescue(
         seed: Of the noise.
 
     Raises:
-        ValueError: An argument breaks its rule, a layer is missing from ``usage`` or does not fit,
+        ValueError: An argument breaks its rule, no monitor or several watch the model and
+            ``usage`` names none, a layer is missing from it or does not fit,
             nobody in a layer lives, an output of it waits for its backward pass, its experts are
             sharded, or its router does not tell which of its parameters belong to an expert. The
             model is as it was.
@@ -117,7 +119,7 @@ def rescue(
         )
     noise = arguments.number("noise", noise)
     limits = Thresholds.named(thresholds)
-    counts = _counts_of(usage)
+    counts = _counts_of(_monitor_of(model) if usage is None else usage)
     planned: list[tuple[EcoMoE, Rescued]] = []
     for name, layer in _layers(model, counts, event):
         slots = _checked(counts[name], name=name, layer=layer)
@@ -147,6 +149,18 @@ def expert_parameters(layer: EcoMoE) -> Iterator[nn.Parameter]:
     yield from layer.router.expert_parameters()
     if layer.prototypes is not None:
         yield layer.prototypes
+
+
+def _monitor_of(model: nn.Module) -> Monitor:
+    from ecomoe.ecology.monitor import monitors_of
+
+    found = monitors_of(model)
+    if len(found) != 1:
+        raise ValueError(
+            f"usage=None stands for the monitor that watches the model, and {len(found)} do; pass "
+            "one, a report, or the slots that each expert got by layer"
+        )
+    return found[0]
 
 
 def _counts_of(usage: Any) -> dict[str, Sequence[float]]:

@@ -11,7 +11,7 @@ Every run is resumable, and a run that is done is not done again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from examples.experiments.data import blocks
 from examples.experiments.measure import Record, evaluate
 from examples.experiments.models import GPT, Classifier, ViT, WideResNet, dense_ffn
 from examples.experiments.protocol import Batches, Job, fit, split, steps_at
-from examples.experiments.runner import brief, rounded
+from examples.experiments.runner import brief, interruptible, rounded
 from examples.experiments.storage import read_json, write_json
 from examples.policies import POLICIES, Policy
 
@@ -320,6 +320,7 @@ def run(
     return result
 
 
+@interruptible()
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -335,11 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only print what there is")
     options = parser.parse_args(arguments)
     try:
-        seeds = count_seeds(options.seeds)
+        seeds = count_seeds(options.seeds, options.tasks)
     except ValueError as error:
         parser.error(str(error))
     console = Console()
     path = options.results or options.out / f"balance-{options.scale}.json"
+    runs: list[Record] = []
     if options.table:
         if not path.exists():
             parser.error(
@@ -349,14 +351,19 @@ def main(arguments: list[str] | None = None) -> None:
             content = read_json(path)
         except ValueError as error:
             parser.error(str(error))
-        show(content["runs"], console)
+        runs = [
+            run
+            for run in content["runs"]
+            if run["task"] in options.tasks and run["policy"] in options.policies
+        ]
+        show(runs, console)
         return
     size = SIZES[options.scale]
     try:
         images, text = load(options.data)
     except ValueError as error:
         parser.error(str(error))
-    runs: list[Record] = []
+    runs = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
         for seed in range(max(seeds[name] for name in options.tasks)):
@@ -401,17 +408,17 @@ def show(runs: list[Record], console: Console) -> None:
         console.print(shown)
 
 
-def count_seeds(given: list[str]) -> dict[str, int]:
+def count_seeds(given: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
     """Return how many seeds each task has, from ``["6", "heads=12"]``."""
-    counts = dict.fromkeys(TASKS, 3)
+    counts = dict.fromkeys(tasks, 3)
     for each in given:
         name, _, count = each.rpartition("=")
-        if not count.isdecimal() or int(count) < 1 or name not in ("", *TASKS):
+        if not count.isdecimal() or int(count) < 1 or name not in ("", *tasks):
             raise ValueError(
                 f"--seeds {each} must be a count of at least 1, or one task's, as heads=12; "
-                f"tasks are {', '.join(TASKS)}"
+                f"tasks are {', '.join(tasks)}"
             )
-        counts.update(dict.fromkeys([name] if name else TASKS, int(count)))
+        counts.update(dict.fromkeys([name] if name else tasks, int(count)))
     return counts
 
 

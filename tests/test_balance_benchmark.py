@@ -42,6 +42,12 @@ def test_every_task_runs_under_every_policy_once(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "upcycle" in shown
     assert "…" not in shown
+    balance_benchmark.main(["--table", *few, "--results", str(path)])
+    shown = capsys.readouterr().out
+    assert "vit" in shown
+    assert "none" in shown
+    assert "upcycle" not in shown
+    assert "switch" not in shown
 
 
 def test_runs_on_other_data_are_not_taken_for_these(tmp_path, capsys):
@@ -154,13 +160,13 @@ def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():
 
 
 def test_seeds_of_all_tasks_and_of_one():
-    assert balance_benchmark.count_seeds(["2", "heads=4"]) == {
+    assert balance_benchmark.count_seeds(["2", "heads=4"], balance_benchmark.TASKS) == {
         "heads": 4,
         "vit": 2,
         "text": 2,
         "upcycle": 2,
     }
-    assert balance_benchmark.count_seeds(["vit=1"])["heads"] == 3
+    assert balance_benchmark.count_seeds(["vit=1"], balance_benchmark.TASKS)["heads"] == 3
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "two", "heads=0", "nobody=2", "heads="])
@@ -168,6 +174,12 @@ def test_seeds_that_are_no_counts(wrong, capsys):
     with pytest.raises(SystemExit):
         balance_benchmark.main(["--seeds", wrong])
     assert f"--seeds {wrong} must be" in capsys.readouterr().err
+
+
+def test_seeds_of_a_task_that_does_not_run(capsys):
+    with pytest.raises(SystemExit):
+        balance_benchmark.main(["--tasks", "heads", "--seeds", "vit=2"])
+    assert "--seeds vit=2 must be" in capsys.readouterr().err
 
 
 def test_a_task_may_have_more_seeds(tmp_path):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ecomoe.cost import flops_per_token, routing_parameters
 from ecomoe.multihop import MultiHop
+from examples.experiments import equifinality
 from examples.experiments.data import Library
 from examples.experiments.equifinality import main, run
 from examples.experiments.equifinality_plot import write_plot
@@ -209,10 +210,29 @@ class TestPages:
         assert "Every pair" not in section(one)
 
 
-def test_the_command_says_what_is_wrong(capsys):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--margin", "-1"], "--margin -1.0 must be a perplexity above 0"),
+        (["--margin", "nan"], "--margin nan must be a perplexity above 0"),
+    ],
+)
+def test_the_command_says_what_is_wrong(wrong, said, capsys):
     with pytest.raises(SystemExit):
-        main(["--seeds", "0"])
-    assert "--seeds 0 must be at least 1" in capsys.readouterr().err
+        main(wrong)
+    assert said in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(equifinality, "run", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--scale", "smoke", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 class TestVerdicts:

@@ -150,6 +150,22 @@ def test_reads_a_monitor_a_report_and_its_dict():
         assert [(f.layer, f.expert) for f in found] == [("0", 1)]
 
 
+def test_the_monitor_that_watches_the_model_is_the_default():
+    layer, x, _ = starved()
+    model = nn.Sequential(layer)
+    with ecomoe.Monitor(model, view="off"):
+        model(x)
+        assert [(f.layer, f.expert) for f in rescue(model)] == [("0", 1)]
+    with pytest.raises(ValueError, match="watches the model, and 0 do; pass one"):
+        rescue(model)
+    with (
+        ecomoe.Monitor(model, view="off"),
+        ecomoe.Monitor(model, view="off"),
+        pytest.raises(ValueError, match="and 2 do"),
+    ):
+        rescue(model)
+
+
 class Wrapper(nn.Module):
     def __init__(self, module):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,7 @@ EventHandler = Callable[[Event], None]
 MAX_BUCKETS = 256
 VIEWS = ("report", "live", "lines", "off")
 COACTIVATION = ("eval", "always")
+_WATCHING: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
 
 class Monitor(TrainerEvents):
@@ -176,6 +178,7 @@ class Monitor(TrainerEvents):
             token_buckets=self.token_buckets,
             coactivation=self.coactivation,
         )
+        _WATCHING.add(self)
         try:
             if self.log is not None and is_first_process():
                 self._recorder.sink = JsonlSink(self.log)
@@ -247,6 +250,7 @@ class Monitor(TrainerEvents):
                 if part is not None:
                     part.close()
             self._step_hook = self._watch = self._schedule = self._session = None
+            _WATCHING.discard(self)
             self._recorder.end_log()
 
     def __enter__(self) -> Monitor:
@@ -437,3 +441,8 @@ class Monitor(TrainerEvents):
             self._watch.load_state_dict(state["watch"])
         self.step_count = state["step"]
         self._recorder.load_state_dict(state["history"])
+
+
+def monitors_of(model: nn.Module) -> list[Monitor]:
+    """Return the monitors that watch a model, or one that it is a part or a wrapper of."""
+    return [each for each in _WATCHING if each._watch and each._watch.watches(model)]

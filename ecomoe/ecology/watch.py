@@ -105,6 +105,10 @@ class Watch:
         )
         self.handles = taps.attach_taps(self.taps, root, model, self._guard)
 
+    def watches(self, model: nn.Module) -> bool:
+        """Say whether this is the model, a part of it or a wrapper around it."""
+        return any(module in self._known for module in model.modules())
+
     def close(self) -> None:
         """Remove all hooks."""
         taps.remove(self.handles)

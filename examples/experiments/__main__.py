@@ -11,7 +11,7 @@ from rich.table import Table
 from examples.experiments.data import Library
 from examples.experiments.records import SCALES, SMOKE, SMOKE_SAID
 from examples.experiments.registry import EXPERIMENTS
-from examples.experiments.runner import run_experiment
+from examples.experiments.runner import interruptible, run_experiment
 
 OUT = Path("runs/experiments")
 COMMITTED = Path(__file__).parent / "results"
@@ -34,6 +34,7 @@ def list_experiments(console: Console) -> None:
         console.print(table)
 
 
+@interruptible()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.experiments", description=__doc__)

@@ -23,7 +23,7 @@ from ecomoe.ecology.alignment import vocabulary_alignment, weight_alignment
 from examples.experiments.data import Library
 from examples.experiments.measure import Record
 from examples.experiments.records import Scale
-from examples.experiments.runner import rounded, run_folder, run_setting
+from examples.experiments.runner import interruptible, rounded, run_folder, run_setting
 from examples.experiments.topologies import (
     SIZES,
     STRENGTH,
@@ -135,6 +135,7 @@ def run(
     return path
 
 
+@interruptible()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     from examples.experiments.equifinality_plot import write_plot
@@ -170,6 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds} must be at least 1")
+    if options.margin is not None and not 0 < options.margin < math.inf:
+        parser.error(f"--margin {options.margin} must be a perplexity above 0")
     scale = sized(options.scale)
     console = Console()
     try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,16 @@ from examples.experiments.storage import read_json, write_json
 from examples.experiments.topologies import Topology
 
 MAX_LOGITS = 2**26
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Say how to go on, in place of a traceback, where somebody presses Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one was", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def evaluation_batch(samples: Samples) -> int:
