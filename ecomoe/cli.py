@@ -199,13 +199,14 @@ def _comparison(found: dict[str, Any]) -> Any:
     runs = Table(box=None, padding=(0, 1), pad_edge=False)
     for head in ("run", "step", "accuracy", "DEAD", "peak", "revivals", "tiers, mean of layers"):
         runs.add_column(head, justify="left" if head == "run" else "right")
+    short = _told_apart(list(found["runs"]))
     for name, run in found["runs"].items():
         usages = list(run["tiers"].values())
         same = len({len(usage) for usage in usages}) == 1
         mean = [sum(column) / len(usages) for column in zip(*usages, strict=True)] if same else []
         accuracy = run["accuracy"]
         runs.add_row(
-            name,
+            short[name],
             str(run["step"]),
             "-" if accuracy is None else f"{accuracy:.2%}",
             f"{run['dead']['top1']}/{run['dead']['topk']}",
@@ -223,10 +224,31 @@ def _comparison(found: dict[str, Any]) -> Any:
         if apart is not None:
             numbers.append(f"tiers {apart:.0%} apart")
         tail = f" ({', '.join(numbers)})" if numbers else ""
-        lines.append(f"{' and '.join(pair['runs'])}: {pair['verdict']}{tail}")
+        lines.append(
+            f"{' and '.join(short[name] for name in pair['runs'])}: {pair['verdict']}{tail}"
+        )
         lines += [f"  unlike {difference}" for difference in pair["unlike"]]
     note = f"Equal means within {found['margin']:.2%} (TOST, alpha {found['alpha']:g})."
     return Group(runs, *lines, note)
+
+
+def _told_apart(names: list[str]) -> dict[str, str]:
+    """Return the part of each path that differs: a table has no room for what all have in common.
+
+    >>> _told_apart(["out/one/run.jsonl", "out/two/run.jsonl"])
+    {'out/one/run.jsonl': 'one', 'out/two/run.jsonl': 'two'}
+    """
+    parts = [Path(name).parts for name in names]
+    fewest = min(map(len, parts)) - 1
+    first = next((at for at in range(fewest) if len({each[at] for each in parts}) > 1), fewest)
+    last = next(
+        (at for at in range(fewest - first) if len({each[-1 - at] for each in parts}) > 1),
+        fewest - first,
+    )
+    return {
+        name: str(Path(*each[first : len(each) - last]))
+        for name, each in zip(names, parts, strict=True)
+    }
 
 
 def _print(what: Any) -> None:

@@ -132,6 +132,33 @@ def test_compare(run, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 1
 
 
+def test_compare_shows_of_long_paths_what_tells_them_apart(run, tmp_path, capsys):
+    paths = [tmp_path / ("a-long-folder-" * 5) / f"run-{number}" / "log.jsonl" for number in (1, 2)]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text(run.read_text())
+    assert cli.main(["compare", *map(str, paths)]) == 0
+    shown = capsys.readouterr().out
+    assert "run-1 and run-2: " in shown
+    assert "a-long-folder" not in shown
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["x/a.jsonl", "x/b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["a.jsonl#1", "a.jsonl#2"], ["a.jsonl#1", "a.jsonl#2"]),
+        (["x/log", "y/z/log"], ["x", "y/z"]),
+        (["log", "x/log"], ["log", "x/log"]),
+        (["x/log", "x/x/log"], ["log", "x/log"]),
+        (["/a/b/log", "/a/c/d/log", "/a/c/log"], ["b", "c/d", "c"]),
+    ],
+)
+def test_names_of_runs_stay_distinct(names, shown):
+    assert list(cli._told_apart(names).values()) == shown
+
+
 def test_compare_tells_what_is_unlike(run, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     write_run(other, tiers=(4, 2), steps=3)
