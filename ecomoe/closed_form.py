@@ -238,7 +238,8 @@ class _LinearTwice(torch.autograd.Function):
             logits_NE = weight_ED.new_empty(x_ND.shape[0], weight_ED.shape[0])
             for rows, wide_ND in _widened(x_ND, blocks, weight_ED.dtype):
                 torch.addmm(bias_E, wide_ND, weight_ED.mT, out=logits_NE[rows])
-        return logits_NE, logits_NE.view_as(logits_NE)
+        # No view: FSDP warns of those among what a unit returns.
+        return logits_NE, logits_NE.detach()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
