@@ -244,12 +244,17 @@ class _LinearTwice(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         x_ND, weight_ED, _ = inputs
+        ctx.set_materialize_grads(False)  # mostly nobody asks for the second scores
         ctx.save_for_backward(x_ND, weight_ED)
 
     @staticmethod
-    def backward(ctx, grad_NE: Tensor, own_NE: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_NE: Tensor | None, own_NE: Tensor | None):  # type: ignore[no-untyped-def]
         x_ND, weight_ED = ctx.saved_tensors
-        both_NE = grad_NE + own_NE
+        if grad_NE is None:
+            if own_NE is None:
+                return None, None, None
+            grad_NE = torch.zeros_like(own_NE)
+        both_NE = grad_NE if own_NE is None else grad_NE + own_NE
         at_once = x_ND.dtype == weight_ED.dtype or torch.is_grad_enabled()
         blocks = _blocks(x_ND, at_once=at_once)
         with without_autocast(x_ND):

@@ -14,13 +14,12 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ecomoe.activations import ACTIVATIONS, Activation, has_hooks, name_of
 from ecomoe.dispatch import Plan
 from ecomoe.feed_forward import feed_forward, forward_alone
 from ecomoe.grouped import grouped_linear
-from ecomoe.pieces import for_host
+from ecomoe.pieces import are_operators_seen, for_host
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -34,12 +33,6 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def _as_autocast(tensor: Tensor) -> Tensor:
     dtype = autocast_dtype(tensor)
     return tensor if dtype is None else tensor.to(dtype)
-
-
-def _are_operators_seen() -> bool:
-    """Whether somebody records operators, and shall see one where values decide what is done."""
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return traced or is_in_torch_dispatch_mode()
 
 
 def tier_of_experts(tiers: tuple[int, ...]) -> list[int]:
@@ -274,7 +267,7 @@ class FFNExperts(Experts):
         if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors):
             return None
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        compute = feed_forward if keep or _are_operators_seen() else forward_alone
+        compute = feed_forward if keep or are_operators_seen() else forward_alone
         y_NF: Tensor = compute(*tensors, order_S, ends_E, activation, keep)[0]
         return y_NF
 

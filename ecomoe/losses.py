@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecomoe.closed_form import balance, mean_powers, positive, routing_means
+from ecomoe.pieces import are_operators_seen, for_host
 from ecomoe.routing import without_autocast
 
 
@@ -117,15 +118,37 @@ def affinity(
     return Affinity(*mean_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE))
 
 
+def starvation(shares: Shares, *, floor: float) -> Tensor:
+    """Return how far below the floor each expert is, from 0 to 1 without tokens, ``(E,)``.
+
+    Args:
+        shares: How the tokens are spread; of the two bases, that counts on which it has fewer.
+        floor: Share of uniform usage below which an expert starves, in (0, 1].
+    """
+    usage_E = torch.minimum(shares.top1_E, shares.topk_E)
+    return (1.0 - usage_E * (usage_E.numel() / floor)).clamp_min(0.0)
+
+
+def is_none_starving(shares: Shares, *, floor: float) -> bool:
+    """Return whether it is known, without waiting for a device, that no expert is below the floor.
+
+    `starvation_loss` is 0 then and has no gradient: nobody has to compute it.
+    """
+    top1_E = shares.top1_E
+    if type(top1_E) is not Tensor or not for_host(top1_E) or are_operators_seen():
+        return False
+    return not starvation(shares, floor=floor).any()
+
+
 def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tensor:
     """Return ``-sum(w ((1 - w) log m8 + w log m1))``, nats; w: how far below the floor one is.
 
-    w goes from 0 at the floor to 1 for an expert without tokens, on the basis on which it has
-    fewer; m8 and m1 are the power means, of order 8 and 1, of its probability over other experts'
-    tokens. What `balance_loss` does for a dying expert fades with its importance (``p log p``);
-    here its logits are raised by w in all however low they are. An expert that has tokens gets most
-    of it on those of others' that are most inclined to it: from a little of everything it would
-    live and tell nothing. One that has none has no inclination to go by, and is raised for all.
+    w is the expert's `starvation`; m8 and m1 are the power means, of order 8 and 1, of its
+    probability over other experts' tokens. What `balance_loss` does for a dying expert fades with
+    its importance (``p log p``); here its logits are raised by w in all however low they are. An
+    expert that has tokens gets most of it on those of others' that are most inclined to it: from a
+    little of everything it would live and tell nothing. One that has none has no inclination to go
+    by, and is raised for all.
     Where no expert starves, loss and gradient are 0, and routing is free.
 
     Args:
@@ -133,14 +156,12 @@ def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tens
         affinity: Their `affinity`, which carries the gradient.
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
-    _, top1_E, topk_E, others_E = shares
-    usage_E = torch.minimum(top1_E, topk_E)
-    want_E = (1.0 - usage_E * (others_E.numel() / floor)).clamp_min(0.0)
+    want_E = starvation(shares, floor=floor)
     # Below the bounds only where probabilities underflow: there, a loss scaler would have 1/m
     # overflow.
     log_m1_E = affinity.mean_E.clamp_min(2.0**-8).log()
     log_m8_E = affinity.eighth_E.clamp_min(2.0**-64).log() / 8
-    log_mean_E = positive(others_E).log() + torch.lerp(log_m8_E, log_m1_E, want_E)
+    log_mean_E = positive(shares.others_E).log() + torch.lerp(log_m8_E, log_m1_E, want_E)
     return -want_E.dot(log_mean_E)
 
 

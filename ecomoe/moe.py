@@ -369,7 +369,9 @@ class EcoMoE(nn.Module):
             shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
         affinity = None
-        if self.usage_floor > 0 and self.strength * self.control.balance_weight > 0:
+        sustained = self.usage_floor > 0 and self.strength * self.control.balance_weight > 0
+        known = self.reduce_shares is None  # else ranks wait for each other
+        if sustained and not (known and losses.is_none_starving(shares, floor=self.usage_floor)):
             own_NE = routing.logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
             affinity = losses.affinity(
                 own_NE, routing.expert_ids_NK, shares, values_NE=routing.logits_NE
@@ -404,8 +406,9 @@ class EcoMoE(nn.Module):
 
         A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
         balances: of this call's tokens, or of all data-parallel ranks'. ``affinity`` is these
-        tokens' `losses.affinity`; its gradient stays in the router: a pull towards starving experts
-        must not bend the tokens' features, which are to serve the task. ``entropy`` is their mean.
+        tokens' `losses.affinity`, ``None`` where no expert starves; its gradient stays in the
+        router: a pull towards starving experts must not bend the tokens' features, which are to
+        serve the task. ``entropy`` is their mean.
         """
         logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
         control = self.control
@@ -415,6 +418,8 @@ class EcoMoE(nn.Module):
             if affinity is not None:
                 starvation = losses.starvation_loss(shares, affinity, floor=self.usage_floor)
                 terms["starvation"] = starvation * self._sustain(starvation.dtype)
+            elif self.usage_floor > 0:
+                terms["starvation"] = torch.zeros_like(terms["balance"])
         if control.entropy_weight > 0 and self.strength > 0:
             terms["entropy"] = losses.entropy_loss(logits_NE, entropy=entropy)
         if control.oracle_weight > 0 and self.strength > 0:

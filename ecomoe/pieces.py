@@ -18,6 +18,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ecomoe import buffers
 
@@ -45,6 +46,12 @@ def for_host(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return tensor.is_cpu
     return tensor.is_cpu and torch._C._functorch.maybe_current_level() is None
+
+
+def are_operators_seen() -> bool:
+    """Whether somebody records operators, and shall see one where values decide what is done."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return traced or is_in_torch_dispatch_mode()
 
 
 @dataclass(frozen=True)

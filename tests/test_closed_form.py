@@ -154,7 +154,9 @@ def test_all_means_keep_one_matrix():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_second_scores_reach_the_weights_alone(dtype):
+@pytest.mark.parametrize("rows", [4, 6])
+def test_the_second_scores_reach_the_weights_alone(dtype, rows, monkeypatch):
+    monkeypatch.setattr(closed_form, "CACHED", rows * 4)
     x_ND = torch.randn(6, 4).to(dtype).requires_grad_()
     weight_ED, bias_E = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
     slope_NE, own_slope_NE = torch.randn(2, 6, 3)
@@ -169,6 +171,22 @@ def test_the_second_scores_reach_the_weights_alone(dtype):
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_scores_that_nobody_uses_have_no_gradient(which, rows, monkeypatch):
+    monkeypatch.setattr(closed_form, "CACHED", rows * 4)
+    x_ND = torch.randn(6, 4).bfloat16().requires_grad_()
+    weight_ED, bias_E = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    scores_NE = linear_twice(x_ND, weight_ED, bias_E)[which]
+    plain_NE = F.linear(x_ND.float(), weight_ED, bias_E)
+    torch.testing.assert_close(scores_NE, plain_NE)
+    slope_NE = torch.randn(6, 3)
+    found = torch.autograd.grad(scores_NE, (x_ND, weight_ED, bias_E), slope_NE)
+    expected = torch.autograd.grad(plain_NE, (x_ND, weight_ED, bias_E), slope_NE)
+    torch.testing.assert_close(found[0], expected[0] * (1 - which))
+    torch.testing.assert_close(found[1:], expected[1:])
 
 
 def test_the_linear_router_scores_once_what_other_routers_score_twice():

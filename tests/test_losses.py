@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ecomoe import losses
 from ecomoe.losses import Shares
@@ -140,6 +141,24 @@ class TestStarvation:
         torch.testing.assert_close(
             torch.autograd.grad(loss, logits_NE), torch.autograd.grad(expected, logits_NE)
         )
+
+    def test_it_is_known_on_a_cpu_that_nobody_starves(self):
+        logits_NE = fp64(8, 3)
+        ids_NK = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]).unsqueeze(1)
+        shares = losses.routing_shares(logits_NE, ids_NK)
+        # The last one has 3/4 of uniform usage.
+        assert losses.is_none_starving(shares, floor=0.75)
+        assert not losses.is_none_starving(shares, floor=0.76)
+        on_device = Shares(*(share_E.to("meta") for share_E in shares))
+        assert not losses.is_none_starving(on_device, floor=0.75)
+        with FlopCounterMode(display=False):
+            assert not losses.is_none_starving(shares, floor=0.75)
+        known = torch.func.vmap(
+            lambda top1_E: (
+                top1_E * (not losses.is_none_starving(shares._replace(top1_E=top1_E), floor=0.75))
+            )
+        )
+        assert torch.equal(known(shares.top1_E.expand(2, 3)), shares.top1_E.expand(2, 3))
 
     def test_vanishes_continuously_at_the_floor(self):
         logits_NE = torch.tensor([[0.1, 0.9]]).log()

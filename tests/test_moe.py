@@ -291,6 +291,25 @@ class TestGradients:
         assert not x.grad.any()
         assert bool(layer.router.score.weight.grad.any()) == sustained
 
+    def test_a_step_is_the_same_whether_it_is_known_that_nobody_starves(self, monkeypatch):
+        layer = make_layer(4, 5, tiers=(4,), top_k=1, dtype=torch.float64)
+        with torch.no_grad():
+            layer.router.score.weight.copy_(3 * torch.eye(4))
+        steps = []
+        for known in (True, False):
+            if not known:
+                monkeypatch.setattr(ecomoe.losses, "is_none_starving", lambda *_, **__: False)
+            layer.zero_grad()
+            x = torch.eye(4, dtype=torch.float64).repeat(3, 1).requires_grad_()
+            loss = layer(x).square().sum() + ecomoe.aux_loss(layer)
+            loss.backward()
+            terms = {name: term.item() for name, term in layer.auxiliary.terms.items()}
+            gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+            steps.append((loss, terms, gradients))
+        assert steps[0][1] == steps[1][1]
+        assert steps[0][1]["starvation"] == 0.0
+        torch.testing.assert_close(*((loss, *gradients) for loss, _, gradients in steps))
+
     def test_the_pull_grows_while_the_temperature_falls(self):
         layer = make_layer(6, 5, tiers=(4, 2, 2), target_e=1.0)
         x, pulls = torch.randn(64, 6), []
