@@ -411,14 +411,14 @@ def show(runs: list[Record], console: Console) -> None:
 def count_seeds(given: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
     """Return how many seeds each task has, from ``["6", "heads=12"]``."""
     counts = dict.fromkeys(tasks, 3)
-    for each in given:
-        name, _, count = each.rpartition("=")
-        if not count.isdecimal() or int(count) < 1 or name not in ("", *tasks):
+    for each in sorted(given, key=lambda each: "=" in each):
+        name, named, count = each.rpartition("=")
+        if not count.isdecimal() or int(count) < 1 or (named and name not in tasks):
             raise ValueError(
                 f"--seeds {each} must be a count of at least 1, or one task's, as heads=12; "
                 f"tasks are {', '.join(tasks)}"
             )
-        counts.update(dict.fromkeys([name] if name else tasks, int(count)))
+        counts.update(dict.fromkeys([name] if named else tasks, int(count)))
     return counts
 
 

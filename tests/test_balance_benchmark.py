@@ -169,7 +169,12 @@ def test_seeds_of_all_tasks_and_of_one():
     assert balance_benchmark.count_seeds(["vit=1"], balance_benchmark.TASKS)["heads"] == 3
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "two", "heads=0", "nobody=2", "heads="])
+def test_seeds_of_one_task_go_before_those_of_all_in_any_order():
+    counts = balance_benchmark.count_seeds(["heads=4", "2"], balance_benchmark.TASKS)
+    assert (counts["heads"], counts["vit"]) == (4, 2)
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two", "heads=0", "nobody=2", "heads=", "=3"])
 def test_seeds_that_are_no_counts(wrong, capsys):
     with pytest.raises(SystemExit):
         balance_benchmark.main(["--seeds", wrong])
