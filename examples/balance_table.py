@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -62,14 +62,18 @@ HEADINGS = ("task", "policy", "seeds", "loss against the best other", *(f[0] for
 
 def rows(runs: list[Record]) -> Iterator[list[str]]:
     """Yield the cells of each task and policy, as `HEADINGS` names them."""
-    for task in dict.fromkeys(run["task"] for run in runs):
-        groups: dict[str, list[Record]] = {}
-        for run in runs:
-            if run["task"] == task:
-                groups.setdefault(run["policy"], []).append(run)
+    for task, groups in _cells(runs).items():
         for name, group in groups.items():
             figures = [_mean(group, key, form) for _, key, form in FIGURES]
             yield [task, name, str(len(group)), _not_worse(name, groups), *figures]
+
+
+def _cells(runs: list[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Return the runs by task and policy."""
+    cells: dict[str, dict[str, list[Record]]] = {}
+    for run in runs:
+        cells.setdefault(run["task"], {}).setdefault(run["policy"], []).append(run)
+    return cells
 
 
 def tables(runs: list[Record]) -> Iterator[Table]:
@@ -99,22 +103,48 @@ def _mean(group: list[Record], key: str, form: str) -> str:
     return form.format(found.mean) + (f" ± {form.format(found.sd)}" if found.count > 1 else "")
 
 
-def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
+class Comparison(NamedTuple):
+    """A policy's loss against the best other one's, in percent of its value.
+
+    Attributes:
+        best: The other.
+        gap: Of the means.
+        p: Of being worse by a hundredth or more, one-sided; ``None`` where nothing can be tested.
+        interval: 90 %, of which either end is that of a one-sided 95 % interval.
+    """
+
+    best: str
+    gap: float
+    p: float | None
+    interval: tuple[float, float] | None
+
+
+def compared(name: str, cells: dict[str, list[Record]]) -> Comparison | None:
     """Test a policy's loss against the best other one's, seed by seed, within 1 % of its value."""
     losses = {other: {run["seed"]: run["loss"] for run in group} for other, group in cells.items()}
     own = losses.pop(name)
     if not losses:
-        return ""
+        return None
     best = min(losses, key=lambda other: spread(list(losses[other].values())).mean)
     seeds = [seed for seed in own if seed in losses[best]]
     mine, theirs = ([of[seed] for seed in seeds] for of in (own, losses[best]))
     level = spread(theirs).mean
     found = paired_not_worse(mine, theirs, margin=MARGIN * level)
-    gap = f"{100 * (spread(mine).mean / level - 1):+.1f} % vs {best}"
+    gap = 100 * (spread(mine).mean / level - 1)
     if found is None:
+        return Comparison(best, gap, None, None)
+    upper = 100 * found[1] / level
+    return Comparison(best, gap, found[0], (2 * gap - upper, upper))
+
+
+def _not_worse(name: str, cells: dict[str, list[Record]]) -> str:
+    found = compared(name, cells)
+    if found is None:
+        return ""
+    gap = f"{found.gap:+.1f} % vs {found.best}"
+    if found.p is None or found.interval is None:
         return gap
-    p, upper = found
-    return f"{gap} (95 %: < {100 * upper / level:+.1f} %), p={p:.2g}"
+    return f"{gap} (95 %: < {found.interval[1]:+.1f} %), p={found.p:.2g}"
 
 
 # What tells of the label: key, form, and how it is said. NMI divides by the mean of both entropies:
@@ -125,6 +155,58 @@ TOLD = (
     ("specialisation", "{:.3f}", "routing tells (NMI)"),
     ("information_of_living", "{:.3f} nats", "a living expert tells"),
 )
+
+
+# What each is, in words for a reader who has not seen the code.
+TASKS_SAID = {
+    "heads": "one layer of experts as the classifier behind a small convolutional network, images",
+    "vit": "a small vision transformer with experts in the place of every FFN, images",
+    "text": "a small byte-level GPT with experts in the place of every FFN, text",
+    "upcycle": "a byte-level GPT-2 that was trained dense on Python source, converted to experts "
+    "and trained on the text",
+}
+POLICIES_SAID = {
+    "ecomoe": "the package's defaults",
+    "switch": "a linear router and the Switch Transformer's auxiliary loss, weight 0.01",
+    "bias": "balancing without a loss: a bias on each expert's sigmoid score that moves by 0.001 a "
+    "step towards an even load",
+    "none": "a linear router and nothing that balances",
+    "dense": "no experts, but one FFN of as many active FLOPs",
+}
+
+
+def glossary(runs: list[Record]) -> str:
+    """Say what the tasks and policies of some runs are."""
+    return "\n".join(
+        f"{what}: {'; '.join(f'`{name}`, {said[name]}' for name in names)}."
+        for what, key, said in (
+            ("Tasks", "task", TASKS_SAID),
+            ("Policies", "policy", POLICIES_SAID),
+        )
+        if (names := dict.fromkeys(run[key] for run in runs))
+    )
+
+
+def losses(runs: list[Record], name: str = "ecomoe") -> str:
+    """Say on which tasks a policy's loss is not worse than the best other's."""
+    said, held = [], 0
+    for task, cells in _cells(runs).items():
+        found = compared(name, cells) if name in cells else None
+        if found is None or found.p is None or found.interval is None:
+            continue
+        held += found.p < 0.05
+        low, high = found.interval
+        word = "worse" if low > 0 else "better" if high < 0 else "not told apart"
+        said.append(
+            f"{task} {found.gap:+.1f} % against {found.best} ({word}; 90 % {low:+.1f} to "
+            f"{high:+.1f}; p = {found.p:.2g})"
+        )
+    if not said:
+        return ""
+    return (
+        f"The loss of `{name}` is worse than the best other policy's by less than "
+        f"{100 * MARGIN:.0f} %, if at all, on {held} of {len(said)} tasks: {'; '.join(said)}."
+    )
 
 
 def promise(runs: list[Record]) -> str:

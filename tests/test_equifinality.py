@@ -276,7 +276,8 @@ class TestVerdicts:
         [
             ((0.3, 0.2, 0.0, 0.0), "reproduced"),
             ((0.3, 0.2, 0.1, 0.1), "refuted"),
-            ((-0.3, -0.2, -0.1, -0.1), "refuted"),
+            # An advantage that never appears has no nature that could be refuted.
+            ((-0.3, -0.2, -0.1, -0.1), "out of reach"),
             ((0.0, 0.0, 0.0, 0.0), "out of reach"),
         ],
     )
@@ -293,14 +294,18 @@ class TestVerdicts:
                 )
             ]
         claim = "The advantage of depth is one of underfitting"
-        never = wide_minus_deep[0] < 0  # however long it goes on
-        assert dict(verdicts(content))[claim].word == (word if settled or never else "out of reach")
+        assert dict(verdicts(content))[claim].word == (word if settled else "out of reach")
+        # At the paper's own scale what never appears is not there.
+        never = max(wide_minus_deep) <= 0
+        paper = dict(verdicts(content | {"equifinality": "paper"}))[claim].word
+        assert paper == ("refuted" if settled and never else word if settled else "out of reach")
         # The runs to convergence have wide and deep variants alone.
         names = {variant.name for variant in variants_at("convergence")}
         content["runs"] = [run for run in content["runs"] if run["name"] in names]
         content |= {"equifinality": "convergence"}
         assert [name for name, _ in verdicts(content)] == [claim]
-        assert "to convergence" in section(content)
+        assert ("to convergence" in section(content)) == settled
+        assert ("has not converged" in section(content)) != settled
         assert len(depth_rows(content)) == 4
 
     def test_simpler_routers(self):
@@ -310,6 +315,21 @@ class TestVerdicts:
         unsure = self.made(top_1_0=29.0, top_1_1=34.0)[claim]
         assert unsure.word == "out of reach"
         assert "leave it open" in unsure.why
+        assert "For top-1 they leave" in unsure.why
+        better = self.made(hash_1x12=21.0, top_1_0=29.0, top_1_1=34.0)[claim]
+        assert better.word == "refuted"
+        assert "hash 1x12 -30.0% (-30.0 to -30.0): better" in better.why
+        assert "top-1 +5.0% (-47.6 to +57.6): open" in better.why
+
+    def test_a_scalar_for_hops(self):
+        claim = "A learned scalar replaces several hops"
+        assert self.made()[claim].word == "reproduced"
+        assert self.made(**{"1x12__learned_scalar": 33.0})[claim].word == "refuted"
+        # Better by some, but whether by more than the margin is undecided.
+        scores = {"cosine_3x4_0": 30.5, "cosine_3x4_1": 31.0}
+        unsure = self.made(**scores)[claim]
+        assert "undecided" in unsure.why
+        assert unsure.word == "out of reach"
 
     def test_dense_twins(self):
         claim = "MoE beats dense at equal FLOPs, not at equal parameters"

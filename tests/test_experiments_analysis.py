@@ -88,20 +88,43 @@ class TestClaim4:
         assert "10: 0.0 (1), 80: 3.0 (2)" in verdict.why
         assert verdict.word == "reproduced"
 
-    @pytest.mark.parametrize(
-        ("at_low_e", "at_high_e", "word"),
-        [(9, 2, "qualified"), (0, 3, "qualified"), (0, 0, "refuted")],
-    )
-    def test_needs_an_e_at_which_deaths_begin(self, at_low_e, at_high_e, word):
+    def swept(self, at_low_e, at_high_e, seeds=1):
         runs = [
-            self.run(classes, 16, dead, e=e)
+            self.run(classes, 16, dead, e=e) | {"seed": seed}
+            for seed in range(seeds)
             for classes in (2, 80)
             for e, dead in (
                 (0.1, at_low_e if classes > 2 else 0),
                 (1.0, at_high_e if classes > 2 else 0),
             )
         ]
-        assert self.judge({"class-count": {"runs": runs}}).word == word
+        return self.judge({"class-count": {"runs": runs}})
+
+    @pytest.mark.parametrize(
+        ("at_low_e", "at_high_e", "word"),
+        [(9, 2, "qualified"), (0, 3, "out of reach"), (0, 0, "refuted")],
+    )
+    def test_needs_an_e_at_which_deaths_begin(self, at_low_e, at_high_e, word):
+        assert self.swept(at_low_e, at_high_e).word == word
+
+    def test_deaths_that_a_high_e_brings_refute_it_in_every_one_of_some_seeds(self):
+        verdict = self.swept(0, 3, seeds=2)
+        assert verdict.word == "refuted"
+        assert "by seed: 0.0 and 3.0; 0.0 and 3.0" in verdict.why
+        assert "at E = 0.1, 1, by classes: 2: 0.0, 0.0; 80: 0.0, 3.0." in verdict.why
+
+    def test_a_critical_e_that_rises_reproduces_it(self):
+        def runs(dying):
+            return [
+                self.run(classes, 16, 4 if e <= last else 0, e=e)
+                for classes, last in dying.items()
+                for e in (0.1, 0.2, 0.4, 0.8)
+            ]
+
+        rising = {"class-count": {"runs": runs({2: 0.1, 10: 0.2, 80: 0.4})}}
+        assert self.judge(rising).word == "reproduced"
+        falling = {"class-count": {"runs": runs({2: 0.4, 10: 0.2, 80: 0.1})}}
+        assert self.judge(falling).word == "refuted"
 
 
 def test_fit_of_complexity_finds_the_form_it_was_made_of():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,11 +55,11 @@ def auc(scores: Sequence[float], outcomes: Sequence[bool]) -> float | None:
     1.0
     """
     positive = [s for s, outcome in zip(scores, outcomes, strict=True) if outcome]
-    negative = [s for s, outcome in zip(scores, outcomes, strict=True) if not outcome]
+    negative = sorted(s for s, outcome in zip(scores, outcomes, strict=True) if not outcome)
     if not positive or not negative:
         return None
-    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
-    return wins / (len(positive) * len(negative))
+    wins = sum(bisect_left(negative, p) + bisect_right(negative, p) for p in positive)
+    return wins / (2 * len(positive) * len(negative))
 
 
 def bootstrap_auc(

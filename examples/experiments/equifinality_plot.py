@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ecomoe.ecology.alignment import pareto_front
-from examples.experiments.equifinality_table import groups, halting_cost
+from examples.experiments.equifinality_figures import groups, halting_cost
 from examples.experiments.measure import Record
 from examples.experiments.report import write_page
 

@@ -22,6 +22,15 @@ def trained(run: Record) -> list[Record]:
     return [record for record in run["history"] if record["percent"] > warm + 1e-6]
 
 
+def worst_dead(run: Record, *, after: float | None = None) -> float:
+    """Return the most dead experts (top1) of any evaluation after a share of the training.
+
+    By default after the random warm-up.
+    """
+    begin = 100 * (run["setting"]["warmup"] if after is None else after)
+    return float(max(r["dead"]["top1"] for r in run["history"] if r["percent"] > begin + 1e-6))
+
+
 def general(run: Record) -> dict[str, float]:
     """Return the figures that every table shows; deaths are summed over layers."""
     final = run["final"]
@@ -32,7 +41,7 @@ def general(run: Record) -> dict[str, float]:
         "loss": final["loss"],
         "DEAD top1": float(final["dead"]["top1"]),
         "DEAD topk": float(final["dead"]["topk"]),
-        "worst top1": float(max(record["dead"]["top1"] for record in trained(run))),
+        "worst top1": worst_dead(run),
         "PURE": float(sum(layer["pure"] for layer in layers)),
         "NMI": sum(layer["specialisation"] for layer in layers) / len(layers),
     }
