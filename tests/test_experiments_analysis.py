@@ -102,7 +102,7 @@ class TestClaim4:
 
     @pytest.mark.parametrize(
         ("at_low_e", "at_high_e", "word"),
-        [(9, 2, "qualified"), (0, 3, "out of reach"), (0, 0, "refuted")],
+        [(9, 2, "qualified"), (9, 0, "qualified"), (0, 3, "out of reach"), (0, 0, "refuted")],
     )
     def test_needs_an_e_at_which_deaths_begin(self, at_low_e, at_high_e, word):
         assert self.swept(at_low_e, at_high_e).word == word
@@ -112,6 +112,16 @@ class TestClaim4:
         assert verdict.word == "refuted"
         assert "by seed: 0.0 and 3.0; 0.0 and 3.0" in verdict.why
         assert "at E = 0.1, 1, by classes: 2: 0.0, 0.0; 80: 0.0, 3.0." in verdict.why
+
+    def test_compares_class_counts_at_the_same_values_of_e(self):
+        runs = [self.run(2, 16, 2 * (e < 1), e=e) for e in (0.1, 1.0)] + [
+            self.run(80, 16, 9, e=0.1)
+        ]
+        assert self.judge({"class-count": {"runs": runs}}).word == "not yet run"
+        runs.append(self.run(80, 16, 9, e=1.0))
+        assert self.judge({"class-count": {"runs": runs}}).word == "out of reach"
+        low = [run for run in runs if run["setting"]["control"]["e"] < 1]
+        assert self.judge({"class-count": {"runs": low}}).word == "not yet run"
 
     def test_a_critical_e_that_rises_reproduces_it(self):
         def runs(dying):

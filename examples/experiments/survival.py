@@ -226,8 +226,12 @@ def complexity(found: Results) -> Verdict:
         "mean DEAD top1 in 16 experts, by a threshold relative to their number, at E = "
         f"{', '.join(f'{e:g}' for e in values)}, by classes: {shown}."
     )
+    # Class counts are compared over the same values of E, below and above what is called healthy.
+    means = {classes: by_e for classes, by_e in means.items() if list(by_e) == values}
     if len(means) < 2:
-        return Verdict("not yet run", f"{why} More class counts are needed.")
+        return Verdict("not yet run", f"{why} More class counts at all of these are needed.")
+    if not min(values) < HEALTHY_E <= max(values):
+        return Verdict("not yet run", f"{why} E on both sides of {HEALTHY_E} is needed.")
     critical = critical_e(means)
     why += " " + fit_said(critical)
     known = [e for e in critical.values() if e is not None]
@@ -237,6 +241,8 @@ def complexity(found: Results) -> Verdict:
     few, many = (list(means[classes].values()) for classes in (min(means), max(means)))
     if spread(many).mean <= spread(few).mean:
         return Verdict("refuted", f"{why} More classes do not mean more deaths here.")
+    if critical[max(means)] is not None:
+        return Verdict("qualified", f"{why} Of the others none was found.")
     # What no E ends may still become less as E rises, or be what a high E brings.
     most = [run for run in runs if run["data"]["classes"] == max(means)]
     by_seed = []
@@ -250,6 +256,8 @@ def complexity(found: Results) -> Verdict:
         f" With {max(means)} classes there die on average at E < {HEALTHY_E} and at E >= "
         f"{HEALTHY_E}, by seed: {shown}. No E that was tried ends the deaths"
     )
+    if not by_seed:
+        return Verdict("out of reach", f"{why}.")
     low, high = (spread(side).mean for side in zip(*by_seed, strict=True))
     if low > high:
         return Verdict("qualified", f"{why}, but they become fewer as it rises.")
