@@ -76,7 +76,7 @@ def _lockdown(found: Results) -> Verdict:
     lifts = [f["T0 self lift"] for f in figures if "T0 self lift" in f]
     shown = ", ".join(f"{lift:.2f}" for lift in lifts)
     why = f"T0 self-loop {shares} of tokens; over independence {shown}."
-    if all(lift <= 1.1 for lift in lifts):
+    if not lifts or spread(lifts).mean <= 1.1:
         return absent(runs, f"{why} The loop is no larger than the tier's usage makes it.")
     return Verdict("qualified", why)
 
