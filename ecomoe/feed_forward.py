@@ -33,7 +33,6 @@ from ecomoe.pieces import (
     most_rows,
     of_experts,
     product,
-    spare_memory,
 )
 
 # Slots up to which they are computed one by one, as in the decoding of one token.
@@ -84,10 +83,7 @@ def forward_alone(
         x_ND, (most_rows(num_slots, up_EGD.shape[0], x_ND.dtype), down_EFH.shape[1])
     )
     tokens_R = tokens_S[layout.slots_R]
-    x, pre, hidden = (
-        spare_memory(x_ND, num_slots, up_EGD.shape[0], each)
-        for each in (x_ND.shape[1], width, d_hidden)
-    )
+    x, pre, hidden = (layout.spare_memory(x_ND, each) for each in (x_ND.shape[1], width, d_hidden))
     for piece in layout.pieces:
         own = piece.experts
         x_BPD = piece.take(x_ND, tokens_R, x)
@@ -172,7 +168,7 @@ def feed_forward_backward(
     grad_up_EGD = empty_gradient(up_EGD, layout.pieces)
     grad_down_EFH = empty_gradient(down_EFH, layout.pieces)
     widths = d_model, d_hidden, d_hidden, grad_NF.shape[1]
-    spare = partial(spare_memory, x_ND, order_S.shape[0], num_experts)
+    spare = partial(layout.spare_memory, x_ND)
     inner, hidden, slope, outer = map(spare, widths)
     joined = spare(up_EGD.shape[1]) if gated else slope
     groups = math.gcd(d_hidden, 16)

@@ -24,7 +24,6 @@ from ecomoe.pieces import (
     most_rows,
     of_experts,
     product,
-    spare_memory,
 )
 
 
@@ -73,7 +72,7 @@ def _loop(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, ends_E: Tens
     layout = Layout(ends_E, x_SD.dtype)
     most = most_rows(x_SD.shape[0], num_experts, x_SD.dtype)
     y_RF = buffers.empty(x_SD, (most, width_out))
-    x = spare_memory(x_SD, x_SD.shape[0], num_experts, width_in)
+    x = layout.spare_memory(x_SD, width_in)
     for piece in layout.pieces:
         own = piece.experts
         x_BPD = piece.take(x_SD, layout.slots_R, x)
@@ -91,9 +90,7 @@ def _loop_backward(
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
     grad_weight_EFD = empty_gradient(weight_EFD, layout.pieces)
-    inner, outer = (
-        spare_memory(x_SD, x_SD.shape[0], num_experts, width) for width in (width_in, width_out)
-    )
+    inner, outer = (layout.spare_memory(x_SD, width) for width in (width_in, width_out))
     own_R1 = layout.own_R.to(x_SD.dtype).unsqueeze(1)
     for piece in layout.pieces:
         own = piece.experts

@@ -107,6 +107,7 @@ class Layout:
 
     Attributes:
         pieces: The pieces.
+        num_experts: Experts, those without slots included.
         slots_R: The slot of each row; in a row beyond its expert's slots the last of them, so that
             a value that is not finite stays with its expert.
         own_R: Whether the row is within its expert's slots.
@@ -115,6 +116,7 @@ class Layout:
 
     def __init__(self, ends_E: Tensor, dtype: torch.dtype) -> None:
         self.pieces = cut(ends_E, dtype)
+        self.num_experts = ends_E.shape[0]
         spans = [(*span, piece.rows) for piece in self.pieces for span in piece.spans]
         starts_Q, ends_Q, sizes_Q = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
         # From a row's place among all rows to its slot.
@@ -125,6 +127,17 @@ class Layout:
         self.slots_R = torch.minimum(slots_R, ends_R - 1).clamp_(min=0)
         shifts_S = shifts_Q.repeat_interleave(ends_Q - starts_Q)
         self.rows_S = torch.arange(shifts_S.shape[0]).sub_(shifts_S)
+
+    def spare_memory(self, like: Tensor, width: int) -> Tensor:
+        """Return memory for the rows of any piece, of so many features.
+
+        Where it is kept for the next step, its size hangs on shapes alone.
+        """
+        num_slots, num_experts = self.rows_S.shape[0], self.num_experts
+        rows = min(MAX_PIECE_ROWS, most_rows(num_slots, num_experts, like.dtype))
+        if rows * width * like.itemsize < buffers.LARGE:
+            rows = max((piece.num_rows for piece in self.pieces), default=0)
+        return buffers.empty(like, (rows * width,))
 
     def rows_of(self, order_S: Tensor) -> Tensor:
         """Return the row of each slot in the order before they were sorted, ``(S,)``."""
@@ -140,12 +153,6 @@ def most_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
     quarters = round(4 * MAX_EXCESS)
     in_use: int = torch.sym_min(num_experts, num_slots)  # type: ignore[assignment]
     return quarters * num_slots // 4 + each * in_use + 1
-
-
-def spare_memory(like: Tensor, num_slots: int, num_experts: int, width: int) -> Tensor:
-    """Return memory for any piece's rows of so many features; its size hangs on shapes alone."""
-    rows = min(MAX_PIECE_ROWS, most_rows(num_slots, num_experts, like.dtype))
-    return buffers.empty(like, (rows * width,))
 
 
 def cut(ends_E: Tensor, dtype: torch.dtype) -> list[Piece]:

@@ -1,12 +1,14 @@
 """Pieces cover each slot once, whatever the routing."""
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecomoe import buffers
 from ecomoe.feed_forward import feed_forward
 from ecomoe.pieces import (
     MAX_PIECE_ROWS,
@@ -15,7 +17,6 @@ from ecomoe.pieces import (
     cut,
     most_rows,
     padded_rows,
-    spare_memory,
 )
 
 COUNTS = st.lists(st.integers(0, 70) | st.integers(900, 2200), min_size=1, max_size=20)
@@ -50,8 +51,11 @@ def test_each_row_belongs_to_a_slot_of_its_expert(counts, dtype):
     assert layout.own_R[layout.rows_S].all()
     assert int(layout.own_R.sum()) == num_slots
     assert len(layout.slots_R) <= most_rows(num_slots, len(counts), dtype)
-    room = len(spare_memory(torch.empty(0, dtype=dtype), num_slots, len(counts), 1))
-    assert max((piece.num_rows for piece in layout.pieces), default=0) <= room <= MAX_PIECE_ROWS
+    for large in (0, buffers.LARGE):
+        with patch.object(buffers, "LARGE", large):
+            room = len(layout.spare_memory(torch.empty(0, dtype=dtype), 1))
+        assert max((piece.num_rows for piece in layout.pieces), default=0) <= room
+        assert room <= MAX_PIECE_ROWS
     experts_S = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     begin = 0
     for piece in layout.pieces:
