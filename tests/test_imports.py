@@ -22,6 +22,8 @@ LAYERS = [
     {"closed_form", "dispatch", "grouped"},
     {"losses"},
     {"feed_forward"},
+    {"routers.base"},
+    {"routers.affine", "routers.cosine", "routers.hashed"},
     {"routers", "experts"},
     {"auxiliary", "oracle"},
     {"moe", "relay", "terms"},
