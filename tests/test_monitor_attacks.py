@@ -45,7 +45,8 @@ def judge(model, monitor, x, y):
 def train_for_ever(model, optimizer, log, *, until):
     given = {"optimizer": optimizer, "total_steps": 10**6, "every": 1, "log": log, "view": "off"}
     with ecomoe.Monitor(model, **given) as monitor:
-        signal.setitimer(signal.ITIMER_REAL, until)
+        # Again, long after: Python drops what is raised within a weak reference's callback.
+        signal.setitimer(signal.ITIMER_REAL, until, 5.0)
         while True:
             for x, y in batches(2):
                 learn(model, optimizer, x, y)
