@@ -173,8 +173,14 @@ def _counts_of(usage: Any) -> dict[str, Sequence[float]]:
             "layers' names to the slots of each expert: pass one of these"
         )
     if "layers" in record:
-        return {_unwrapped(layer["name"]): layer["counts"]["topk"] for layer in record["layers"]}
-    return {_unwrapped(name): slots for name, slots in record.items()}
+        record = {layer["name"]: layer["counts"]["topk"] for layer in record["layers"]}
+    return _by_unwrapped(record)
+
+
+def _by_unwrapped(by_name: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the same by unwrapped names, or as it is where two layers would have one name."""
+    found = {_unwrapped(name): value for name, value in by_name.items()}
+    return found if len(found) == len(by_name) else dict(by_name)
 
 
 def _unwrapped(name: object) -> str:
@@ -185,13 +191,15 @@ def _unwrapped(name: object) -> str:
 def _layers(
     model: nn.Module, counts: Mapping[str, Any], event: Event | None
 ) -> Iterator[tuple[str, EcoMoE]]:
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, EcoMoE)}
+    layers = _by_unwrapped({n: m for n, m in model.named_modules() if isinstance(m, EcoMoE)})
     if not layers:
         raise ValueError(
             f"model={type(model).__name__} has no EcoMoE layer; pass the model that was converted"
         )
-    named = None if event is None else _unwrapped(event.layer)
-    wanted = layers if named is None else {named: layers.get(named)}
+    wanted: Mapping[Any, EcoMoE | None] = layers
+    if event is not None:
+        named = event.layer if event.layer in layers else _unwrapped(event.layer)
+        wanted = {named: layers.get(str(named))}
     for name, layer in wanted.items():
         if layer is None or name not in counts:
             raise ValueError(

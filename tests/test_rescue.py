@@ -187,6 +187,15 @@ def test_a_wrapped_model_is_the_model(watched):
     assert [(f.layer, f.expert) for f in found] == [("0", 1)]
 
 
+def test_layers_that_a_wrappers_name_alone_tells_apart_are_both_rescued():
+    model, slots = nn.Module(), None
+    for name in ("module", "ffn"):
+        layer, _, slots = starved()
+        setattr(model, name, layer if name == "ffn" else nn.ModuleDict({"ffn": layer}))
+    found = rescue(model, {"module.ffn": slots, "ffn": slots})
+    assert {f.layer for f in found} == {"module.ffn", "ffn"}
+
+
 def test_as_an_action_of_the_monitor():
     layer, x, _ = starved()
     model = nn.Sequential(layer)
