@@ -239,8 +239,7 @@ class EcoMoE(nn.Module):
             device=device,
             dtype=wide,
         )
-        self.router.offset_wanted = z_weight > 0
-        self.router.scores_apart = self.usage_floor > 0 and strength * balance_weight > 0
+        self._ask_router()
         self.experts: Experts
         outputs = num_classes if num_classes is not None else d_output
         if d_hidden is None:
@@ -330,6 +329,8 @@ class EcoMoE(nn.Module):
         random_routing = self.random_routing if self.training else None
         if random_routing is not None:
             random_routing = random_routing.clone()
+        if self.training:
+            self._ask_router()
         routing: Routing = self.router(x_ND, temperature, random_routing)
         plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
         weights_NK = routing.weights_NK
@@ -346,6 +347,21 @@ class EcoMoE(nn.Module):
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
+
+    def _ask_router(self) -> None:
+        """Tell the router what the losses need of it; their weights are the caller's to change."""
+        wanted = self.sustained, self.z_weight > 0
+        router = self.router  # somebody's own may know of neither
+        if (
+            getattr(router, "scores_apart", None),
+            getattr(router, "offset_wanted", None),
+        ) != wanted:
+            self.router.scores_apart, self.router.offset_wanted = wanted
+
+    @property
+    def sustained(self) -> bool:
+        """Whether there is a starvation loss."""
+        return self.usage_floor > 0 and self.strength * self.control.balance_weight > 0
 
     def _mixture(self, x_ND: Tensor, y_SF: Tensor | None, weights_NK: Tensor, plan: Plan) -> Tensor:
         """Return the gate-weighted sums of the slots' outputs, if need be of the tokens'."""
@@ -366,18 +382,19 @@ class EcoMoE(nn.Module):
         )
         share_of_ranks: Tensor | float = 1.0
         if self.reduce_shares is not None:
-            shares, share_of_ranks = self.reduce_shares(shares, x_ND.shape[0])
+            shares, share_of_ranks = self._over_ranks(shares, x_ND.shape[0])
         # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
         affinity = None
-        sustained = self.usage_floor > 0 and self.strength * self.control.balance_weight > 0
         known = self.reduce_shares is None  # else ranks wait for each other
-        if sustained and not (known and losses.is_none_starving(shares, floor=self.usage_floor)):
+        if self.sustained and not (
+            known and losses.is_none_starving(shares, floor=self.usage_floor)
+        ):
             own_NE = routing.logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
             affinity = losses.affinity(
                 own_NE, routing.expert_ids_NK, shares, values_NE=routing.logits_NE
             )
             if self.reduce_shares is not None:
-                affinity, _ = self.reduce_shares(affinity, x_ND.shape[0])
+                affinity, _ = self._over_ranks(affinity, x_ND.shape[0])
         terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity, entropy)
         if not terms:
             return routing.weights_NK
@@ -391,6 +408,13 @@ class EcoMoE(nn.Module):
             # These losses alone train them: DDP looks from the output on and would not find them.
             weights_NK = weights_NK + 0.0 * self.prototypes.sum()
         return self.auxiliary.leave(weights_NK, loss)
+
+    def _over_ranks(self, means: Means, num_tokens: int) -> tuple[Means, Tensor]:
+        """Return all ranks' means, and the factor on this one's losses, in the means' precision."""
+        assert self.reduce_shares is not None
+        reduced, factor = self.reduce_shares(means, num_tokens)
+        dtype = means[0].dtype
+        return type(means)(*(each.to(dtype) for each in reduced)), factor.to(dtype)
 
     def auxiliary_terms(
         self,
@@ -488,8 +512,9 @@ class EcoMoE(nn.Module):
                 "move the channels last"
             )
         weight = next(self.experts.parameters())
-        castable = x.is_floating_point() and autocast_dtype(x) is not None
-        if x.dtype != weight.dtype and not castable:
+        if x.dtype == weight.dtype:
+            return
+        if not x.is_floating_point() or autocast_dtype(x) is None:
             raise ValueError(
                 f"x has dtype {x.dtype}, the experts have {weight.dtype}; cast one of them, or run "
                 "under torch.autocast"

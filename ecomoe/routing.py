@@ -41,14 +41,29 @@ class Routing(NamedTuple):
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the tensor's precision."""
-    if tensor.is_meta:  # autocast refuses a device that computes nothing
+    kind = tensor.device.type
+    # Autocast refuses a device that computes nothing; elsewhere it takes as long as a few operators.
+    if tensor.is_meta or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def top_k_experts(scores_NE: Tensor, *, top_k: int) -> Tensor:
     """Return the ids of the ``top_k`` best-scored experts of each token, best first, ``(N, K)``."""
+    compiling = torch.compiler.is_compiling()
+    if top_k == 2 and scores_NE.is_cpu and not compiling and 2**13 < scores_NE.numel() < 2**20:
+        return _best_two(scores_NE.detach())
     return scores_NE.topk(top_k, dim=-1).indices
+
+
+def _best_two(scores_NE: Tensor) -> Tensor:
+    """Return the ids of each token's best two experts; `topk` takes 2 to 3 times as long."""
+    first_N1 = scores_NE.max(dim=-1, keepdim=True).indices
+    others_NE = scores_NE.scatter(-1, first_N1, -torch.inf)
+    second_N1 = others_NE.max(dim=-1, keepdim=True).indices
+    # Where all others are -inf, the first may come again.
+    second_N1 = torch.where(second_N1 == first_N1, (first_N1 + 1) % scores_NE.shape[1], second_N1)
+    return torch.cat((first_N1, second_N1), dim=-1)
 
 
 def random_experts(like_NE: Tensor, *, top_k: int) -> Tensor:

@@ -310,6 +310,35 @@ class TestGradients:
         assert steps[0][1]["starvation"] == 0.0
         torch.testing.assert_close(*((loss, *gradients) for loss, _, gradients in steps))
 
+    def test_the_pull_bends_no_feature_where_it_is_asked_for_later(self):
+        layer = make_layer(6, 5, tiers=(4, 2, 2), target_e=0.1)
+        assert layer.usage_floor == 0.0
+        x = torch.randn(64, 6)
+        gradients = []
+        for floor in (0.0, 0.5):
+            layer.usage_floor = floor
+            tokens = x.clone().requires_grad_()
+            layer.zero_grad()
+            (layer(tokens).sum() + ecomoe.aux_loss(layer)).backward()
+            gradients.append((tokens.grad, layer.router.score.weight.grad))
+        (x_before, weight_before), (x_after, weight_after) = gradients
+        torch.testing.assert_close(x_after, x_before)
+        assert not torch.allclose(weight_after, weight_before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_shares_may_be_reduced_in_another_precision(self, dtype):
+        layer = make_layer(6, 5, tiers=(4, 2, 2))
+        x = torch.randn(16, 6)
+        layer(x)
+        expected = ecomoe.aux_loss(layer)
+        layer.reduce_shares = lambda means, _: (
+            type(means)(*(each.to(dtype) for each in means)), torch.ones((), dtype=dtype)
+        )  # fmt: skip
+        layer(x)
+        loss = ecomoe.aux_loss(layer)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected)
+
     def test_the_pull_grows_while_the_temperature_falls(self):
         layer = make_layer(6, 5, tiers=(4, 2, 2), target_e=1.0)
         x, pulls = torch.randn(64, 6), []

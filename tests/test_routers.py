@@ -138,6 +138,15 @@ class TestCosine:
         layer(x_ND)
         torch.testing.assert_close(layer.auxiliary.terms["z"], expected)
 
+    def test_the_z_loss_sees_the_scores_where_its_weight_is_set_later(self):
+        layer = EcoMoE(6, 5, tiers=(3, 2), router="cosine")
+        layer.z_weight = 1.0
+        x_ND = torch.randn(7, 6)
+        layer(x_ND)
+        scores_NE = layer.router.log_scale.exp() * layer.router.cosines(x_ND)
+        expected = scores_NE.logsumexp(-1).square().mean()
+        torch.testing.assert_close(layer.auxiliary.terms["z"], expected.detach())
+
     def test_the_z_loss_of_a_router_that_knows_no_offset(self):
         class Own(nn.Module):
             def __init__(self, router):
@@ -177,7 +186,32 @@ class TestCosine:
         routing = router(x_ND, T1)
         assert not routing.logits_NE.any()
         routing.weights_NK[:, 0].sum().backward()
-        assert x_ND.grad.isfinite().all()
+        assert not x_ND.grad.any()
+
+    def test_a_centroid_without_direction_gets_no_gradient(self):
+        router = CosineRouter(6, num_experts=5, top_k=2)
+        with torch.no_grad():
+            router.centroids[3] = 0.0
+        router(torch.randn(7, 6), T1).probs_NE.square().sum().backward()
+        assert not router.centroids.grad[3].any()
+        assert router.centroids.grad[[0, 1, 2, 4]].any(-1).all()
+
+    @pytest.mark.parametrize("length", [1e-11, 1.0, 1e6])
+    def test_directions_are_those_of_torch_to_the_bit(self, length):
+        router = CosineRouter(6, num_experts=5, top_k=2)
+        x_ND = length * torch.randn(7, 6)
+        gradients = []
+        for unit in (router.cosines, lambda x_ND: F.linear(
+            F.normalize(router.positions(x_ND), dim=-1), F.normalize(router.centroids, dim=-1)
+        )):  # fmt: skip
+            tokens_ND = x_ND.clone().requires_grad_()
+            cosines_NE = unit(tokens_ND)
+            inputs = (tokens_ND, *router.parameters())
+            slope = torch.arange(35.0).view(7, 5)
+            found = torch.autograd.grad(cosines_NE, inputs, slope, allow_unused=True)
+            gradients.append((cosines_NE, *found[:-1]))
+        for one, other in zip(*gradients, strict=True):
+            assert torch.equal(one, other)
 
     @pytest.mark.parametrize("progress", [0.0, 0.15, 1.0])
     def test_e_sets_the_gates_of_a_layer(self, progress):

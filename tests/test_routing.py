@@ -65,6 +65,24 @@ class TestSelection:
         ]
         assert top_k_experts(logits_NE, top_k=top_k).tolist() == expected
 
+    @pytest.mark.parametrize("num_tokens", [1, 40, 300])
+    def test_the_best_two_of_many_come_first(self, num_tokens):
+        logits_NE = torch.randn(num_tokens, 40)
+        expected_NK = logits_NE.argsort(-1, descending=True)[:, :2]
+        assert torch.equal(top_k_experts(logits_NE, top_k=2), expected_NK)
+
+    @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("intact", [0, 1, 2])
+    def test_the_best_two_of_many_differ_whatever_the_scores(self, broken, intact):
+        logits_NE = torch.full((300, 40), broken)
+        logits_NE[:, :intact] = torch.randn(300, intact)
+        ids_NK = top_k_experts(logits_NE, top_k=2)
+        assert (ids_NK[:, 0] != ids_NK[:, 1]).all()
+        assert ids_NK.min() >= 0
+        assert ids_NK.max() < 40
+        if broken < 0 and intact == 2:
+            assert torch.equal(ids_NK.sort().values, torch.tensor([0, 1]).expand(300, 2))
+
     @given(routings(), temperatures, temperatures)
     def test_no_temperature_changes_it(self, drawn, one, other):
         logits_NE, top_k = drawn

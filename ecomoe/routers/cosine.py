@@ -1,6 +1,7 @@
 """Routers whose scores are scaled cosines to centroids in a small space.
 
-Axes: N tokens, D features, E experts, P features of the space that centroids lie in.
+Axes: N tokens, D features, E experts, M tokens or experts, P features of the space that centroids
+lie in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 
 from ecomoe import arguments
 from ecomoe.routers.base import Router
+
+# Of a place or a centroid, to have a direction.
+SHORTEST = 1e-12
 
 
 class CosineRouter(Router):
@@ -92,8 +96,8 @@ class CosineRouter(Router):
 
     def cosines(self, x_ND: Tensor) -> Tensor:
         """Return the cosines between the tokens' places and the centroids, ``(N, E)``."""
-        place_NP = F.normalize(self.positions(x_ND), dim=-1)
-        centroid_EP = F.normalize(self.centroids.to(place_NP.dtype), dim=-1)
+        place_NP = _directions(self.positions(x_ND))
+        centroid_EP = _directions(self.centroids.to(place_NP.dtype))
         return F.linear(place_NP, centroid_EP)
 
     def logits(self, x_ND: Tensor) -> Tensor:
@@ -156,3 +160,12 @@ class RandomRouter(CosineRouter):
 
     def _declare(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor)
+
+
+def _directions(vectors_MP: Tensor) -> Tensor:
+    """Return vectors of length 1, and zeros without a gradient for those that have no direction.
+
+    `F.normalize` divides those by its smallest length, and their gradient with them: by 1e-12.
+    """
+    length_M1 = torch.linalg.vector_norm(vectors_MP, dim=-1, keepdim=True)
+    return vectors_MP / torch.where(length_M1 <= SHORTEST, torch.inf, length_M1)
