@@ -1,9 +1,7 @@
-"""What a sparse layer costs on paper: FLOPs, bytes moved, memory, and traffic between devices.
+"""What a sparse layer costs on paper: FLOPs, bytes moved, memory and optimizer state.
 
-Every operation reads its operands once and writes its result once, and takes as long as its
-arithmetic or its memory traffic, whichever is longer: Williams, Waterman and Patterson's roofline
-(2009). Besides, each takes some time whatever its size. `docs/benchmarks.md` says how near that
-comes to what is measured.
+Every operation reads its operands once and writes its result once; `ecomoe.machines` says how long
+a machine takes for that. `docs/benchmarks.md` says how near it comes to what is measured.
 
 Axes: N tokens, D features, H hidden features of an expert, E experts, K experts chosen for a token,
 S = N * K slots.
@@ -15,37 +13,19 @@ import math
 from dataclasses import dataclass
 
 from ecomoe import arguments
+from ecomoe.machines import Machine, Operation
 
 ADAM_STATES = 2
 STATE_BYTES = 4  # AdamW's two averages, and the wide copy of narrow weights, are fp32
 ROUTER_BYTES = 4  # the router computes in fp32
-PIECE = 8  # experts that one batched product is launched for, at most; see `ecomoe.pieces`
 
-# Seconds that an operation of a layer takes on a CPU whatever its size: the start of its threads,
-# and all small operators around it, forward and backward. The one constant that is fitted, to the
-# shapes of tests/benchmarks on 2 cores; docs/benchmarks.md has it fitted without each of them.
-CPU_OPERATION = 150e-6
+# How `ecomoe.pieces` and `ecomoe.feed_forward` go through the slots on a CPU.
+PIECE = 8  # experts of a batched product at most
+FEW_ROWS = 8  # slots an expert up to which fp32 weights are read as they are, going forward
 
-
-@dataclass(frozen=True)
-class Operation:
-    """One pass over its operands.
-
-    Attributes:
-        flops: Floating-point operations, a multiply-add counted as two.
-        bytes: Bytes read from and written to memory.
-        launches: In how many parts it is launched.
-    """
-
-    flops: float
-    bytes: float
-    launches: int = 1
-
-    def seconds(self, machine: Machine) -> float:
-        """Return the time on a machine: of arithmetic or of memory, and that of its launches."""
-        arithmetic = self.flops / machine.flops_per_second
-        memory = self.bytes / machine.bytes_per_second
-        return max(arithmetic, memory) + self.launches * machine.seconds_per_operation
+# glibc gives a block of this size back to the system when it is freed; the layer's own large ones
+# are kept, but for a gradient of which most experts have no part.
+GIVEN_BACK = 2**25
 
 
 @dataclass(frozen=True)
@@ -69,64 +49,7 @@ class Work:
 
     def seconds(self, machine: Machine) -> float:
         """Return the time on a machine."""
-        return sum(operation.seconds(machine) for operation in self.operations)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The constants of one device.
-
-    Attributes:
-        flops_per_second: What large matrix products reach.
-        bytes_per_second: What memory reaches, reads and writes together.
-        seconds_per_operation: What an operation takes whatever its size; `CPU_OPERATION` on a CPU.
-    """
-
-    flops_per_second: float
-    bytes_per_second: float
-    seconds_per_operation: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("flops_per_second", "bytes_per_second"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be positive; give it as measured, per "
-                    "second"
-                )
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Devices in nodes.
-
-    Attributes:
-        name: What the numbers are of.
-        machine: One device.
-        memory: Bytes of a device.
-        node: Devices of a node.
-        inside: Bytes a second that a device sends to others of its node.
-        outside: Bytes a second that a device sends to other nodes.
-    """
-
-    name: str
-    machine: Machine
-    memory: float
-    node: int
-    inside: float
-    outside: float
-
-
-# NVIDIA's data sheet of the H100 SXM5 80 GB: 989 TFLOP/s in dense bf16, 3.35 TB/s; NVLink 900 GB/s,
-# both directions together; one 400 Gbit/s network port a device. Half of the peak rate is what
-# large training runs report reaching.
-H100 = Cluster(
-    name="H100 SXM5, half of its peak rate, 8 a node, 400 Gbit/s a device",
-    machine=Machine(0.5 * 989e12, 3.35e12),
-    memory=80e9,
-    node=8,
-    inside=450e9,
-    outside=50e9,
-)
+        return sum(machine.seconds(operation) for operation in self.operations)
 
 
 @dataclass(frozen=True)
@@ -156,7 +79,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_hidden", "num_experts", "itemsize"):
-            _count(name, getattr(self, name))
+            count(name, getattr(self, name))
         arguments.experts_per_token(self.top_k, num_experts=self.num_experts)
 
     @property
@@ -213,45 +136,125 @@ def experts_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Wo
     """
     slots = tokens * layer.top_k
     used = experts_in_use(layer, tokens=tokens)
+    narrow = layer.itemsize < STATE_BYTES
+    few = not narrow and slots < FEW_ROWS * layer.num_experts
+    mostly_idle = 2 * used < layer.num_experts
+    return _products_work(
+        layer,
+        rows=slots,
+        weights=used,
+        # Zeros where most experts are idle: fresh pages, and those of the others alone are met.
+        gradients=used if mostly_idle else layer.num_experts,
+        fresh=used if mostly_idle else 0.0,
+        forward_blocked=not few,
+        # Neighbours that are in use make a piece.
+        launches=used if mostly_idle else math.ceil(used / PIECE),
+        gradient_launches=math.ceil(used / PIECE) if narrow else used,
+        training=training,
+    )
+
+
+def dense_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
+    """Return the work of the dense block of equal active FLOPs."""
+    dense = layer.dense
+    return _products_work(dense, rows=tokens, weights=1.0, gradients=1.0, training=training)
+
+
+def _products_work(
+    layer: LayerShape,
+    *,
+    rows: int,
+    weights: float,
+    gradients: float,
+    training: bool,
+    fresh: float | None = None,
+    forward_blocked: bool = True,
+    launches: float = 1.0,
+    gradient_launches: float = 1.0,
+) -> Work:
+    """Return the work of the products and activations between them.
+
+    Args:
+        layer: The sizes.
+        rows: Rows in all.
+        weights: Of how many experts the weights are read.
+        gradients: Of how many experts the weights' gradients are written.
+        training: Whether there is a backward pass.
+        fresh: Of how many experts the gradients are written to fresh memory; ``None`` where torch
+            allocates each result, which is fresh if it is large.
+        forward_blocked: Whether the forward products may copy the weights into blocks.
+        launches: In how many parts an operation is launched.
+        gradient_launches: In how many parts that of the weights' gradients.
+    """
     matrix = layer.d_model * layer.d_hidden
     ups = layer.matrices - 1
-    rows, hidden = slots * layer.d_model, slots * layer.d_hidden
+    wide, hidden = rows * layer.d_model, rows * layer.d_hidden
+    # A product of one row reads 32-bit weights as they are.
+    blocks = layer.itemsize < STATE_BYTES or rows > weights
 
-    launches = _pieces(used)
+    def moving(
+        read: float,
+        written: float,
+        *,
+        flops: float = 0.0,
+        read_weights: float = 0.0,
+        is_blocked: bool = True,
+    ) -> Operation:
+        supplied = written * layer.itemsize if fresh is None else 0.0
+        return Operation(
+            flops,
+            (read + read_weights + written) * layer.itemsize,
+            blocked=read_weights * layer.itemsize if blocks and is_blocked else 0.0,
+            fresh=supplied if supplied >= GIVEN_BACK else 0.0,
+            launches=launches,
+        )
 
-    def moving(values: float, flops: float = 0.0) -> Operation:
-        return Operation(flops, values * layer.itemsize, launches)
+    def gradient(read: float, number: int, flops: float) -> Operation:
+        written = gradients * number * matrix * layer.itemsize
+        supplied = written if fresh is None else fresh * number * matrix * layer.itemsize
+        return Operation(
+            flops,
+            read * layer.itemsize + written,
+            # In 16 bits it is a product with pairs of rows too.
+            blocked=written if layer.itemsize < STATE_BYTES else 0.0,
+            fresh=supplied if fresh is not None or supplied >= GIVEN_BACK else 0.0,
+            launches=gradient_launches,
+        )
 
-    up_flops, down_flops = 2.0 * slots * ups * matrix, 2.0 * slots * matrix
+    up, down = weights * ups * matrix, weights * matrix
+    up_flops, down_flops = 2.0 * rows * ups * matrix, 2.0 * rows * matrix
     operations = [
-        moving(rows + used * ups * matrix + ups * hidden, up_flops),
-        moving(ups * hidden + hidden),
-        moving(hidden + used * matrix + rows, down_flops),
+        moving(wide, ups * hidden, flops=up_flops, read_weights=up, is_blocked=forward_blocked),
+        moving(ups * hidden, hidden),
+        moving(hidden, wide, flops=down_flops, read_weights=down, is_blocked=forward_blocked),
     ]
     if training:
         operations += [
-            moving(rows + used * matrix + hidden, down_flops),
-            moving(rows + hidden + layer.num_experts * matrix, down_flops),
-            moving(hidden + 2 * ups * hidden),
-            moving(ups * hidden + used * ups * matrix + rows, up_flops),
-            moving(ups * hidden + rows + layer.num_experts * ups * matrix, up_flops),
+            moving(wide, hidden, flops=down_flops, read_weights=down),
+            gradient(wide + hidden, 1, down_flops),
+            moving(hidden + ups * hidden, ups * hidden),
+            moving(ups * hidden, wide, flops=up_flops, read_weights=up),
+            gradient(ups * hidden + wide, ups, up_flops),
         ]
     return Work(tuple(operations))
 
 
-def _pieces(used: float) -> int:
-    return math.ceil(used / PIECE)
-
-
 def recomputation_work(layer: LayerShape, *, tokens: int) -> Work:
-    """Return what the backward pass on a CPU computes besides: the activation again, and the gates.
+    """Return what the backward pass on a CPU computes besides: slots, the activation, the gates.
 
     A gate's gradient is the sum, over hidden features, of a product of two.
     """
-    launches = _pieces(experts_in_use(layer, tokens=tokens))
-    hidden = tokens * layer.top_k * layer.d_hidden * layer.itemsize
-    again = Operation(0.0, float(layer.matrices * hidden), launches)
-    return Work((again, Operation(0.0, 4.0 * hidden, launches)))
+    launches = math.ceil(experts_in_use(layer, tokens=tokens) / PIECE)
+    slots = tokens * layer.top_k
+    hidden = slots * layer.d_hidden * layer.itemsize
+    gathered = (tokens + slots) * layer.d_model * layer.itemsize
+    return Work(
+        (
+            Operation(bytes=float(gathered), launches=launches),
+            Operation(bytes=float(layer.matrices * hidden), launches=launches),
+            Operation(bytes=4.0 * hidden, launches=launches),
+        )
+    )
 
 
 def dispatch_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
@@ -260,34 +263,40 @@ def dispatch_work(layer: LayerShape, *, tokens: int, training: bool = True) -> W
     Each way reads the one and writes the other; backward does the same. Products read and write
     the slots once more, which `experts_work` counts.
     """
-    once = tokens * layer.d_model * (1 + layer.top_k) * layer.itemsize
-    return Work((Operation(0.0, float(once)),) * (4 if training else 2))
+    once = float(tokens * layer.d_model * (1 + layer.top_k) * layer.itemsize)
+    launches = math.ceil(experts_in_use(layer, tokens=tokens) / PIECE)
+    to_slots, from_slots = Operation(bytes=once, launches=launches), Operation(bytes=once)
+    return Work((to_slots, from_slots) * (2 if training else 1))
 
 
 def router_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
     """Return the work of the router's products, and of a softmax and the losses on its logits."""
+    times = 3 if training else 1
     flops = 2.0 * tokens * layer.router_parameters
     logits, hidden = tokens * layer.num_experts, tokens * layer.router_hidden
-    moved = tokens * layer.d_model + 2 * hidden + logits
+    moved = float(tokens * layer.d_model + 2 * hidden + logits)
     # Logits are read and written by softmax, top-k, gates and, in training, each loss.
-    scored = 6 * logits * (3 if training else 1)
-    products = (Operation(flops, moved * ROUTER_BYTES),) * (3 if training else 1)
-    return Work((*products, Operation(0.0, scored * ROUTER_BYTES)))
+    scored = 6.0 * logits * times
+    product = Operation(flops, moved * ROUTER_BYTES)
+    return Work(
+        (product,) * times + (Operation(bytes=scored * ROUTER_BYTES, scores=float(logits * times)),)
+    )
+
+
+def call_work(*, training: bool = True) -> Work:
+    """Return what a call of the layer takes besides: small operators, Python and autograd."""
+    return Work((Operation(launches=0, call="training" if training else "forward"),))
 
 
 def layer_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
     """Return the work of the whole layer on a CPU: router, dispatch, experts."""
     work = (
-        router_work(layer, tokens=tokens, training=training)
+        call_work(training=training)
+        + router_work(layer, tokens=tokens, training=training)
         + dispatch_work(layer, tokens=tokens, training=training)
         + experts_work(layer, tokens=tokens, training=training)
     )
     return work + recomputation_work(layer, tokens=tokens) if training else work
-
-
-def dense_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
-    """Return the work of the dense block of equal active FLOPs."""
-    return experts_work(layer.dense, tokens=tokens, training=training)
 
 
 def over_dense(layer: LayerShape, *, tokens: int, machine: Machine, training: bool = True) -> float:
@@ -319,127 +328,11 @@ def training_bytes(parameters: int, *, itemsize: int) -> float:
     return float(parameters * (2 * itemsize + ADAM_STATES * STATE_BYTES + wide))
 
 
-@dataclass(frozen=True)
-class DeviceCost:
-    """One layer's training step on each of many devices, experts spread over them.
-
-    Attributes:
-        devices: P.
-        experts_per_device: Experts that a device holds, 1 at least.
-        parameters: Weights of the layer on all devices, each expert counted once.
-        memory: Bytes of weights, gradients and optimizer state on a device.
-        sent: Bytes that a device sends in the all-to-alls: out and back, forward and backward.
-        reduced: Bytes that a device sends to average gradients with other holders of its experts.
-        compute: Seconds of the layer's forward and backward pass.
-        optimizer: Seconds of AdamW on the device's experts.
-        communication: Seconds of all that is sent, nothing hidden behind computing.
-        over_dense: Seconds of all over the dense block's, which each device holds whole.
-    """
-
-    devices: int
-    experts_per_device: int
-    parameters: int
-    memory: float
-    sent: float
-    reduced: float
-    compute: float
-    optimizer: float
-    communication: float
-    over_dense: float
-
-    @property
-    def seconds(self) -> float:
-        """The step's time, no part hidden behind another."""
-        return self.compute + self.optimizer + self.communication
-
-
-def on_devices(
-    layer: LayerShape, *, tokens: int, devices: int, cluster: Cluster = H100
-) -> DeviceCost:
-    """Return what a layer's training step costs on each device under expert parallelism.
-
-    Tokens spread evenly. With fewer experts than devices, groups of E devices hold the experts
-    once each and average their gradients. Every device holds the router.
-
-    Args:
-        layer: The layer.
-        tokens: Tokens of a device.
-        devices: How many.
-        cluster: What they are and how they are joined.
+def count(name: str, value: object) -> None:
+    """Check a number of things: an int from 1 on.
 
     Raises:
-        ValueError: The number of devices and of experts do not divide each other.
+        ValueError: It is none.
     """
-    _count("tokens", tokens)
-    _count("devices", devices)
-    group = min(devices, layer.num_experts)
-    if layer.num_experts % group or devices % group:
-        raise ValueError(
-            f"devices={devices} must divide num_experts={layer.num_experts} or be a multiple of "
-            "it; choose another number of devices"
-        )
-    held = layer.num_experts // group
-    own = held * layer.expert_parameters
-    # A device's experts get as many slots as its tokens make: K * N on average.
-    local = LayerShape(
-        layer.d_model,
-        layer.d_hidden,
-        num_experts=held,
-        top_k=1,
-        gated=layer.gated,
-        itemsize=layer.itemsize,
-        router_hidden=0,
-    )
-    work = (
-        router_work(layer, tokens=tokens)
-        + dispatch_work(layer, tokens=tokens)
-        + experts_work(local, tokens=tokens * layer.top_k)
-    )
-    sent = 4.0 * tokens * layer.top_k * layer.d_model * layer.itemsize * (group - 1) / group
-    holders = devices // group
-    reduced = 2.0 * own * layer.itemsize * (holders - 1) / holders
-    kept = own + layer.router_parameters
-    spent = _transfer_seconds(sent, group, cluster) + _transfer_seconds(
-        reduced, holders, cluster, apart=group
-    )
-    compute = work.seconds(cluster.machine)
-    optimizer = optimizer_bytes(kept, itemsize=layer.itemsize) / cluster.machine.bytes_per_second
-    dense = layer.dense
-    twin = dense_work(layer, tokens=tokens).seconds(cluster.machine)
-    twin += (
-        optimizer_bytes(dense.expert_parameters, itemsize=layer.itemsize)
-        / cluster.machine.bytes_per_second
-    )
-    # Every device holds the dense block whole, so its gradients are averaged over all of them.
-    averaged = 2.0 * dense.expert_parameters * layer.itemsize * (devices - 1) / devices
-    twin += _transfer_seconds(averaged, devices, cluster)
-    return DeviceCost(
-        devices=devices,
-        experts_per_device=held,
-        parameters=layer.num_experts * layer.expert_parameters + layer.router_parameters,
-        memory=training_bytes(kept, itemsize=layer.itemsize),
-        sent=sent,
-        reduced=reduced,
-        compute=compute,
-        optimizer=optimizer,
-        communication=spent,
-        over_dense=(compute + optimizer + spent) / twin,
-    )
-
-
-def _transfer_seconds(sent: float, group: int, cluster: Cluster, *, apart: int = 1) -> float:
-    """Return the time to send evenly to a group whose members stand ``apart`` devices apart.
-
-    Both kinds of link work at once; the slower one decides.
-    """
-    if group == 1:
-        return 0.0
-    near = max(1, min(group, cluster.node // apart)) - 1
-    far = group - 1 - near
-    share = sent / (group - 1)
-    return max(share * near / cluster.inside, share * far / cluster.outside)
-
-
-def _count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r} must be an int >= 1; pass how many there are")

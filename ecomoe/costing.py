@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ecomoe import cost_model as cost
-from ecomoe.cost_model import Cluster, LayerShape, Machine, Work
+from ecomoe.cost_model import LayerShape, Work
+from ecomoe.device_cost import on_devices
+from ecomoe.machines import BLOCK_PASSES, H100, Cluster, Host, Machine
 
 ITEMSIZES = {"fp32": 4, "bf16": 2}
 EXPERTS = (64, 512, 4096)
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = parser.add_argument_group("this machine (measured if not given)")
     here.add_argument("--gflops", type=float, help="GFLOP/s of its matrix products")
     here.add_argument("--gbytes", type=float, help="GB/s of its memory")
+    here.add_argument("--fresh-gbytes", type=float, help="GB/s of memory that the system supplies")
+    here.add_argument("--launch", type=float, help="microseconds of a launch in fp32")
+    here.add_argument("--product", type=float, help="microseconds of a product's, in the dtype")
     spread = parser.add_argument_group("many devices (an H100's data sheet by default)")
     spread.add_argument("--spread", type=int, nargs="+", default=EXPERTS, metavar="EXPERTS")
     spread.add_argument("--devices", type=int, nargs="+", default=DEVICES)
@@ -101,22 +106,28 @@ def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
 
 def read_machine(given: argparse.Namespace) -> Machine:
     """Return the constants given for this machine, and measure those that are not."""
-    if given.gflops is None or given.gbytes is None:
-        import torch
+    named = {
+        "flops_per_second": (given.gflops, 1e9),
+        "bytes_per_second": (given.gbytes, 1e9),
+        "fresh_bytes_per_second": (given.fresh_gbytes, 1e9),
+        "seconds_per_launch": (given.launch, 1e-6),
+        "seconds_per_product": (given.product, 1e-6),
+    }
+    known = {name: value * unit for name, (value, unit) in named.items() if value is not None}
+    if len(known) == len(named):
+        return Host(**known, block_passes=BLOCK_PASSES[ITEMSIZES[given.dtype]])
+    import torch
 
-        from ecomoe.calibration import measure_machine
+    from ecomoe.calibration import measure_machine
 
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
-        measured = measure_machine(dtype=dtype)
-    rate = measured.flops_per_second if given.gflops is None else given.gflops * 1e9
-    bandwidth = measured.bytes_per_second if given.gbytes is None else given.gbytes * 1e9
-    return Machine(rate, bandwidth, cost.CPU_OPERATION)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
+    return replace(measure_machine(dtype=dtype), **known)
 
 
 def read_cluster(given: argparse.Namespace) -> Cluster:
     """Return the H100 cluster with what the options change in it."""
     changed: dict[str, Any] = {}
-    default = cost.H100.machine
+    default = H100.machine
     if given.device_tflops is not None or given.device_gbytes is not None:
         tflops, gbytes = given.device_tflops, given.device_gbytes
         changed["machine"] = Machine(
@@ -129,8 +140,8 @@ def read_cluster(given: argparse.Namespace) -> Cluster:
     if given.node is not None:
         changed["node"] = given.node
     if changed:
-        changed["name"] = f"as given, else {cost.H100.name}"
-    return replace(cost.H100, **changed)
+        changed["name"] = f"as given, else {H100.name}"
+    return replace(H100, **changed)
 
 
 def costs(
@@ -149,6 +160,7 @@ def costs(
         "dispatch and combine": cost.dispatch_work(layer, tokens=tokens),
         "experts": cost.experts_work(layer, tokens=tokens),
         "recomputation, gates": cost.recomputation_work(layer, tokens=tokens),
+        "each call besides": cost.call_work(),
         "whole layer": cost.layer_work(layer, tokens=tokens),
         "dense block": cost.dense_work(layer, tokens=tokens),
     }
@@ -188,7 +200,7 @@ def _spread(
     for num_experts in experts:
         wide = replace(layer, num_experts=num_experts)
         for count in devices:
-            found = asdict(cost.on_devices(wide, tokens=tokens, devices=count, cluster=cluster))
+            found = asdict(on_devices(wide, tokens=tokens, devices=count, cluster=cluster))
             for name in ("parameters", "memory", "sent", "reduced"):
                 found[name] *= layers
             for name in ("compute", "optimizer", "communication"):
@@ -218,10 +230,18 @@ def lines(found: dict[str, Any]) -> list[str]:
     out += [
         f"over the dense block: {found['over_dense']['training']:.2f} in training, "
         f"{found['over_dense']['forward']:.2f} in a forward pass, at "
-        f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s and "
-        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, and "
-        f"{_time(machine['seconds_per_operation'])} an operation",
+        f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, {_time(machine['seconds_per_launch'])} a "
+        f"launch and {_time(machine['seconds_per_product'])} a product's",
         "",
+        *device_lines(found),
+    ]
+    return out
+
+
+def device_lines(found: dict[str, Any]) -> list[str]:
+    """Return the table of many devices as text."""
+    out = [
         f"all layers, {found['tokens']:,} tokens a device, {found['cluster']}",
         f"{'experts':>8}{'devices':>9}{'weights':>10}{'memory':>12}{'sent':>12}{'compute':>11}"
         f"{'optimizer':>11}{'sending':>11}{'over dense':>12}",

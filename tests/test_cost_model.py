@@ -5,9 +5,11 @@ import json
 import pytest
 
 from ecomoe import cost_model as cost
-from ecomoe import costing
+from ecomoe import costing, pieces
 from ecomoe.cli import main
-from ecomoe.cost_model import Cluster, LayerShape, Machine, Operation, Work
+from ecomoe.cost_model import LayerShape, Work
+from ecomoe.device_cost import on_devices
+from ecomoe.machines import FITTED, Cluster, Fitted, Host, Machine, Operation
 
 # D=4, H=8, 2 experts, one a token: an expert has 2 * 4 * 8 = 64 weights.
 TINY = LayerShape(4, 8, num_experts=2, top_k=1, router_hidden=0)
@@ -54,12 +56,13 @@ def test_dispatch_and_router_by_hand():
 
 
 def test_recomputation_by_hand():
-    # 10 slots of 8 hidden features: read and written for the activation, two read, one written and
-    # read again for the gates. Gated, the activation reads two.
-    plain, gates = cost.recomputation_work(TINY, tokens=10).operations
-    assert (plain.bytes, gates.bytes) == (4 * 160, 4 * 320)
+    # 10 tokens of 4 features to 10 slots; 10 slots of 8 hidden features: read and written for the
+    # activation, two read, one written and read again for the gates. Gated, the activation reads
+    # two.
+    slots, plain, gates = cost.recomputation_work(TINY, tokens=10).operations
+    assert (slots.bytes, plain.bytes, gates.bytes) == (4 * 80, 4 * 160, 4 * 320)
     gated = LayerShape(4, 8, num_experts=2, top_k=1, gated=True, router_hidden=0)
-    assert cost.recomputation_work(gated, tokens=10).operations[0].bytes == 4 * 240
+    assert cost.recomputation_work(gated, tokens=10).operations[1].bytes == 4 * 240
     step = cost.layer_work(TINY, tokens=10)
     parts = [cost.router_work, cost.dispatch_work, cost.experts_work, cost.recomputation_work]
     assert step.bytes == sum(part(TINY, tokens=10).bytes for part in parts)
@@ -67,21 +70,90 @@ def test_recomputation_by_hand():
 
 def test_experts_are_launched_some_at_a_time():
     many = LayerShape(4, 8, num_experts=20, top_k=20, router_hidden=0)
-    machine = Machine(1e9, 1e9, seconds_per_operation=1.0)
     work = cost.experts_work(many, tokens=10)
-    assert [operation.launches for operation in work.operations] == [3] * 8
-    assert work.seconds(machine) == pytest.approx(24.0 + work.seconds(MACHINE))
+    # In 32 bits an expert's gradients are products of its own rows; the sixth and eighth operation.
+    assert [operation.launches for operation in work.operations] == [3, 3, 3, 3, 20, 3, 3, 20]
+    narrow = LayerShape(4, 8, num_experts=20, top_k=20, itemsize=2, router_hidden=0)
+    launches = [each.launches for each in cost.experts_work(narrow, tokens=10).operations]
+    assert launches == [3] * 8
     dense = cost.dense_work(many, tokens=10)
-    assert dense.seconds(machine) == pytest.approx(8.0 + dense.seconds(MACHINE))
+    assert [operation.launches for operation in dense.operations] == [1] * 8
+    # No two of 1,000 experts in use are neighbours.
+    idle = cost.experts_work(LayerShape(4, 8, num_experts=1000, top_k=2), tokens=1)
+    assert {round(operation.launches, 6) for operation in idle.operations} == {2.0}
 
 
-def test_every_expert_gets_a_gradient_and_the_used_alone_are_read():
+def test_a_host_adds_up_what_an_operation_takes():
+    host = Host(
+        flops_per_second=10.0,
+        bytes_per_second=100.0,
+        fresh_bytes_per_second=20.0,
+        seconds_per_launch=1.0,
+        seconds_per_product=5.0,
+        block_passes=3.0,
+        fitted=Fitted(launch=2.0, forward=1000.0, training=5000.0, score=0.5),
+    )
+    # 30 flops, 400 bytes and 2 x 50 of blocks, 40 bytes to be supplied, 4 launches of a product.
+    product = Operation(30.0, 400.0, blocked=50.0, fresh=40.0, launches=4)
+    assert host.seconds(product) == pytest.approx(3.0 + 5.0 + 2.0 + 4 * 5.0 * 2.0)
+    assert host.seconds(Operation(bytes=400.0, launches=4)) == pytest.approx(4.0 + 4 * 1.0 * 2.0)
+    assert host.seconds(Operation(scores=6.0, launches=0)) == pytest.approx(3.0)
+    for training, seconds in ((False, 1000.0), (True, 5000.0)):
+        assert cost.call_work(training=training).seconds(host) == seconds
+    # The roofline knows of none of these.
+    assert MACHINE.seconds(Operation(scores=6.0, launches=9, call="training")) == 0.0
+
+
+def test_products_of_several_rows_copy_their_weights_into_blocks():
+    def blocked(itemsize, tokens, *, top_k=1):
+        layer = LayerShape(4, 8, num_experts=2, top_k=top_k, itemsize=itemsize, router_hidden=0)
+        works = cost.dense_work(layer, tokens=tokens), cost.experts_work(layer, tokens=tokens)
+        return [[operation.blocked for operation in work.operations] for work in works]
+
+    # One matrix is 32 weights. In 32 bits one row reads them as they are, and 20 do not.
+    assert blocked(4, 1)[0] == [0.0] * 8
+    assert blocked(4, 20)[0] == [128, 0, 128, 128, 0, 0, 128, 0]
+    # In 16 bits one row has pairs too, and so has the gradient.
+    assert blocked(2, 1)[0] == [64, 0, 64, 64, 64, 0, 64, 64]
+    # Of experts with fewer than 8 rows, on average, those of the forward pass stay as they are.
+    assert blocked(4, 15)[1] == pytest.approx([0, 0, 0, 256, 0, 0, 256, 0], rel=1e-4)
+    assert blocked(4, 16)[1] == pytest.approx([256, 0, 256, 256, 0, 0, 256, 0], rel=1e-4)
+
+
+def test_fresh_memory():
+    # 4 Mi rows of 8 hidden features are 128 MiB; of 4, 64 MiB; the weights' gradients are small.
+    rows = 2**22
+    fresh = [operation.fresh for operation in cost.dense_work(TINY, tokens=rows).operations]
+    wide, hidden = 4 * 4 * rows, 4 * 8 * rows
+    assert fresh == [hidden, hidden, wide, hidden, 0, hidden, wide, 0]
+    # The layer keeps its own, but for gradients of which most experts have no part.
+    assert all(each.fresh == 0 for each in cost.experts_work(TINY, tokens=rows).operations)
+    few = cost.experts_work(LayerShape(4, 8, num_experts=100, top_k=2), tokens=1)
+    assert [each.fresh for each in few.operations] == pytest.approx(
+        [0, 0, 0, 0, 2 * 128, 0, 0, 2 * 128]
+    )
+
+
+def test_constants_are_those_of_what_they_describe():
+    assert pieces.BATCHES[0] == cost.PIECE
+    assert pieces.VERY_FEW_ROWS == cost.FEW_ROWS
+
+
+def test_the_experts_in_use_alone_are_read():
     few = LayerShape(4, 8, num_experts=1000, top_k=1, router_hidden=0)
     one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
     forward = [cost.experts_work(layer, tokens=1, training=False).bytes for layer in (few, one)]
     assert forward[0] == pytest.approx(forward[1])
+    # Where most are idle, the gradients' other pages are never met: the system's are zeros.
     step = [cost.experts_work(layer, tokens=1).bytes for layer in (few, one)]
-    assert step[0] - step[1] == pytest.approx(4 * 999 * 64)
+    assert step[0] == pytest.approx(step[1])
+
+
+def test_every_expert_gets_a_gradient_where_most_have_tokens():
+    layer = LayerShape(4, 8, num_experts=4, top_k=3, router_hidden=0)
+    three = cost.experts_work(LayerShape(4, 8, num_experts=3, top_k=3), tokens=1)
+    step = cost.experts_work(layer, tokens=1)
+    assert step.bytes - three.bytes == pytest.approx(4 * 64)
 
 
 def test_experts_in_use():
@@ -114,7 +186,7 @@ def test_limits_of_the_ratio():
     assert ratio == pytest.approx(sparse.bytes / dense.bytes)
 
 
-def test_an_operation_takes_its_longer_part_and_work_adds():
+def test_on_a_gpu_an_operation_takes_its_longer_part_and_work_adds():
     work = Work((Operation(2e9, 1e9),)) + Work((Operation(1e9, 4e9),))
     assert (work.flops, work.bytes) == (3e9, 5e9)
     assert work.seconds(MACHINE) == pytest.approx(2.0 + 4.0)
@@ -128,36 +200,66 @@ def test_optimizer():
     assert cost.training_bytes(10, itemsize=4) == 10 * 16
 
 
+# Of all three: the router's 8 weights of 4 bytes, averaged over all devices.
 def test_all_to_all_volume_by_hand():
     # 2 devices, 10 tokens, one expert a token, 4 features of 4 bytes: 160 bytes a pass, half of
     # them for the other device, four passes.
-    found = cost.on_devices(TINY, tokens=10, devices=2, cluster=CLUSTER)
+    found = on_devices(TINY, tokens=10, devices=2, cluster=CLUSTER)
     assert found.sent == 4 * 160 / 2
-    assert found.reduced == 0
+    assert found.reduced == 2 * 8 * 4 / 2
     assert found.experts_per_device == 1
-    assert found.communication == pytest.approx(320 / 100.0)
+    assert found.communication == pytest.approx(320 / 100.0 + 32 / 100.0)
     assert found.memory == (64 + 8) * 16
 
 
 def test_two_holders_of_an_expert_average_its_gradient():
-    found = cost.on_devices(TINY, tokens=10, devices=4, cluster=CLUSTER)
-    # Its other holder stands two devices apart, in the other node of two.
-    assert found.reduced == 2 * 64 * 4 / 2
-    assert found.communication == pytest.approx(320 / 100.0 + 256 / 10.0)
+    found = on_devices(TINY, tokens=10, devices=4, cluster=CLUSTER)
+    # Its other holder stands two devices apart, in the other node of two. Of the router's 48 bytes
+    # two parts in three go there.
+    assert found.reduced == 2 * 64 * 4 / 2 + 2 * 8 * 4 * 3 / 4
+    assert found.communication == pytest.approx(320 / 100.0 + 256 / 10.0 + 32 / 10.0)
 
 
 def test_other_nodes_decide_where_they_are_slower():
     layer = LayerShape(4, 8, num_experts=4, top_k=1, router_hidden=0)
-    found = cost.on_devices(layer, tokens=10, devices=4, cluster=CLUSTER)
-    # 3/4 of 640 bytes to three others, two of them outside.
+    found = on_devices(layer, tokens=10, devices=4, cluster=CLUSTER)
+    # 3/4 of 640 bytes to three others, two of them outside; and of the router's 2 x 64.
     assert found.sent == 480
-    assert found.communication == pytest.approx(320 / 10.0)
+    assert found.communication == pytest.approx(320 / 10.0 + 64 / 10.0)
 
 
 def test_one_device_sends_nothing():
-    found = cost.on_devices(TINY, tokens=10, devices=1, cluster=CLUSTER)
+    found = on_devices(TINY, tokens=10, devices=1, cluster=CLUSTER)
     assert (found.sent, found.reduced, found.communication) == (0, 0, 0)
     assert found.seconds == found.compute + found.optimizer
+
+
+def test_a_step_on_sixteen_devices_worked_out_by_hand():
+    # D=1024, H=4096, 64 experts, top-2, bf16, 4,096 tokens on each of 16 devices, 8 a node.
+    layer = LayerShape(1024, 4096, num_experts=64, top_k=2, itemsize=2, router_hidden=0)
+    found = on_devices(layer, tokens=4096, devices=16)
+    # 64 / 16 experts of 2 x 1024 x 4096 = 8,388,608 weights, a router of 65,536.
+    assert found.experts_per_device == 4
+    assert found.parameters == 536_936_448
+    # 16 bytes a weight: 2 + 2 of itself and its gradient, 4 + 4 averages, 4 wide; fp32 too, 4 x 4.
+    assert found.memory == 16 * (33_554_432 + 65_536)
+    # 8,192 slots of 2,048 bytes are 16,777,216; 15 of 16 leave; four times.
+    assert found.sent == 62_914_560
+    # No expert has another holder; the router's 262,144 bytes go out and their mean comes back.
+    assert found.reduced == 2 * 262_144 * 15 / 16
+    # 7 of 15 others are in the node, at 450 GB/s; 8 are not, at 50 GB/s, and decide.
+    outside = (62_914_560 + 491_520) * 8 / 15
+    assert found.communication == pytest.approx(outside / 50e9)
+    # AdamW of bf16 moves 30 bytes a weight, of the router's fp32 28, at 3.35 TB/s.
+    assert found.optimizer == pytest.approx((30 * 33_554_432 + 28 * 65_536) / 3.35e12)
+    # Arithmetic alone: 8,192 slots x 8,388,608 weights x 2, three times, at 494.5 TFLOP/s. The
+    # router, dispatch and activation come on top: their bytes, some hundreds of MB.
+    products = 3 * 2 * 8192 * 8_388_608 / 494.5e12
+    assert products < found.compute < products + 1e9 / 3.35e12
+    # The dense block's hidden layer is read and written by the activation; its gradient reads two.
+    dense = products + 5 * 4096 * 8192 * 2 / 3.35e12
+    dense += 30 * 16_777_216 / 3.35e12 + 2 * 33_554_432 * 15 / 16 * 8 / 15 / 50e9
+    assert found.over_dense == pytest.approx(found.seconds / dense)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +268,8 @@ def test_one_device_sends_nothing():
         (lambda: Machine(0.0, 1.0), "flops_per_second=0.0 must be positive"),
         (lambda: LayerShape(4, 8, num_experts=0), "num_experts=0 must be an int >= 1"),
         (lambda: LayerShape(4, 8, num_experts=2, top_k=3), "top_k=3 must be <= num_experts=2"),
-        (lambda: cost.on_devices(TINY, tokens=10, devices=3), "devices=3 must divide"),
-        (lambda: cost.on_devices(TINY, tokens=0, devices=2), "tokens=0 must be an int >= 1"),
+        (lambda: on_devices(TINY, tokens=10, devices=3), "devices=3 must divide"),
+        (lambda: on_devices(TINY, tokens=0, devices=2), "tokens=0 must be an int >= 1"),
     ],
 )
 def test_errors_say_what_to_change(call, message):
@@ -175,7 +277,8 @@ def test_errors_say_what_to_change(call, message):
         call()
 
 
-GIVEN = ["--gflops", "180", "--gbytes", "10"]
+GIVEN = ["--gflops", "180", "--gbytes", "10", "--fresh-gbytes", "5"]
+GIVEN += ["--launch", "4", "--product", "6"]
 
 
 def test_command_prints_the_model(capsys):
@@ -183,7 +286,7 @@ def test_command_prints_the_model(capsys):
     assert main(["cost", *sizes, *GIVEN, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     layer = LayerShape(512, 1024, num_experts=16)
-    machine = Machine(180e9, 10e9, cost.CPU_OPERATION)
+    machine = Host(180e9, 10e9, 5e9, 4e-6, 6e-6, block_passes=3.0, fitted=FITTED)
     assert found["over_dense"]["training"] == cost.over_dense(layer, tokens=4096, machine=machine)
     rows = [(row["experts"], row["devices"]) for row in found["spread"]]
     assert rows == [(e, p) for e in (64, 512, 4096) for p in (8, 64, 1024)]
@@ -195,7 +298,7 @@ def test_command_reads_a_configuration(tmp_path, capsys):
     assert main(["cost", "--config", str(config), "--experts", "8", *GIVEN, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["layers"], found["layer"]["d_hidden"]) == (12, 3072)
-    one = cost.on_devices(LayerShape(768, 3072, num_experts=64, itemsize=2), tokens=4096, devices=8)
+    one = on_devices(LayerShape(768, 3072, num_experts=64, itemsize=2), tokens=4096, devices=8)
     assert found["spread"][0]["sent"] == 12 * one.sent
 
 
@@ -216,6 +319,9 @@ def test_machine_is_measured_where_it_is_not_given():
     costing_machine = costing.read_machine(_options("--dtype", "fp32", "--gbytes", "7"))
     assert costing_machine.bytes_per_second == 7e9
     assert 1e8 < costing_machine.flops_per_second < 1e15
+    assert isinstance(costing_machine, Host)
+    assert 1e-8 < costing_machine.seconds_per_launch < 1e-2
+    assert costing_machine.fresh_bytes_per_second > 1e7
 
 
 def _options(*arguments):

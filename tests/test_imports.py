@@ -16,9 +16,10 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # From the bottom up: a module imports only from rows above its own in this list. A new module is
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
-    {"arguments", "activations", "buffers"},
+    {"arguments", "activations", "buffers", "machines"},
     {"control", "cost_model", "hooks", "pieces", "routing", "token_ids"},
-    {"calibration", "costing"},
+    {"calibration", "device_cost"},
+    {"costing"},
     {"closed_form", "dispatch", "grouped"},
     {"losses"},
     {"feed_forward"},
@@ -71,6 +72,8 @@ THIRD_PARTY = {
     "arguments": set(),
     "control": set(),
     "cost_model": set(),
+    "device_cost": set(),
+    "machines": set(),
     "ecology": {"torch", "rich", "plotly", "scipy"},
     "integrations": {"torch", "transformers", "timm"},
 }

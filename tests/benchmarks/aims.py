@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ecomoe import cost_model
-from ecomoe.cost_model import LayerShape, Machine
-from tests.benchmarks.contenders import DTYPES
+from ecomoe.machines import Machine
+from tests.benchmarks.fit import layer_shape, predicted
 from tests.benchmarks.shapes import FEW, LARGE, LONG, MANY, NARROW, Shape
 
 Records = dict[str, dict[str, Any]]
@@ -48,55 +48,6 @@ def best_peer(record: dict[str, Any], kind: str) -> tuple[str, float] | None:
 def router_share(record: dict[str, Any]) -> float:
     """Return the share of forward and backward that routing beforehand, without losses, saves."""
     return 1.0 - float(record["contenders"]["routed"]["both"]["over_ecomoe"][1])
-
-
-def layer_shape(shape: Shape) -> LayerShape:
-    """Return the shape as the cost model takes it."""
-    return LayerShape(
-        shape.d_model,
-        shape.d_hidden,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        gated=shape.gated,
-        itemsize=DTYPES[shape.dtype].itemsize,
-        router_hidden=0,
-    )
-
-
-def predicted(shape: Shape, machine: Machine, *, training: bool = True) -> float:
-    """Return the cost model's time over the dense twin's."""
-    return cost_model.over_dense(
-        layer_shape(shape), tokens=shape.tokens, machine=machine, training=training
-    )
-
-
-def error(record: dict[str, Any], machines: dict[str, Machine]) -> float:
-    """Return how far the cost model is off the measured ratio, relative to it."""
-    shape = Shape(**record["shape"])
-    return predicted(shape, machines[shape.dtype]) / over_dense(record) - 1.0
-
-
-def left_out(
-    records: list[dict[str, Any]], machines: dict[str, Machine]
-) -> list[tuple[float, float]]:
-    """Fit the seconds of an operation to all records but one; return them, and the error there."""
-    found = []
-    # Errors do not depend on which is left out: one table of them, by candidate and record.
-    candidates = [10e-6 * step for step in range(51)]
-    table = []
-    for seconds in candidates:
-        tried = {
-            name: replace(machine, seconds_per_operation=seconds)
-            for name, machine in machines.items()
-        }
-        table.append([error(record, tried) for record in records])
-    for place in range(len(records)):
-        sums = [
-            sum(math.log1p(off) ** 2 for i, off in enumerate(row) if i != place) for row in table
-        ]
-        best = sums.index(min(sums))
-        found.append((candidates[best], table[best][place]))
-    return found
 
 
 def verdicts(records: Records, machines: dict[str, Machine]) -> list[Verdict]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ecomoe.calibration import measure_machine
 from tests.benchmarks.contenders import DTYPES, Beforehand, Forced, builders
+from tests.benchmarks.fit import constants_of
 from tests.benchmarks.results import RESULTS, Results
 from tests.benchmarks.shapes import Shape, grid, quick
 from tests.benchmarks.timing import Contender, paired, quartiles, race
@@ -164,9 +165,7 @@ def run(given: argparse.Namespace) -> None:
     results = Results(given.out or RESULTS / f"{given.device}.json", device=given.device)
     for dtype in DTYPES:
         if dtype not in results.content.get("constants", {}) or given.again:
-            machine = measure_machine(dtype=DTYPES[dtype], device=given.device)
-            constants = [machine.flops_per_second, machine.bytes_per_second]
-            results.add("constants", dtype, constants)
+            results.add("constants", dtype, constants(dtype, given.device))
     began = time.perf_counter()
     for shape in shapes:
         if shape.name in results.layers and not given.again:
@@ -174,6 +173,8 @@ def run(given: argparse.Namespace) -> None:
         if time.perf_counter() - began > given.stop_after:
             print("time is over: run the same command again to go on")
             return
+        # Its own: the machine's speed drifts from shape to shape.
+        measured = constants(shape.dtype, given.device)
         record = measure(
             shape,
             device=torch.device(given.device),
@@ -183,10 +184,15 @@ def run(given: argparse.Namespace) -> None:
             compiled=given.compiled,
             only=given.only,
         )
-        results.add_layer(shape.name, record)
+        results.add_layer(shape.name, {**record, "constants": measured})
         print(line(shape, record), flush=True)
         gc.collect()
     print(f"wrote {results.path}")
+
+
+def constants(dtype: str, device: str) -> dict[str, float]:
+    """Return the machine's constants as the results keep them."""
+    return constants_of(measure_machine(dtype=DTYPES[dtype], device=device))
 
 
 def line(shape: Shape, record: dict[str, Any]) -> str:

@@ -8,19 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ecomoe.cost_model import CPU_OPERATION, Machine
+from ecomoe.machines import Machine
 from tests.benchmarks.aims import (
     OURS,
     Records,
     best_peer,
     described,
-    error,
-    left_out,
-    predicted,
     race_verdicts,
     router_share,
     verdicts,
 )
+from tests.benchmarks.cost_page import cost_model, setting
+from tests.benchmarks.fit import machines_of, predicted
 from tests.benchmarks.plots import curves, ratios
 from tests.benchmarks.results import RESULTS
 from tests.benchmarks.shapes import Shape
@@ -33,15 +32,12 @@ BY_HAND = "## Monitor"  # what follows this heading is not written here, and kep
 def page(results: dict[str, Any], races: dict[str, Any]) -> str:
     """Return the page as Markdown."""
     machine, records = results["machine"], results["layers"]
-    operation = CPU_OPERATION if "gpu" not in machine else 0.0
-    machines = {
-        name: Machine(*constants, operation) for name, constants in results["constants"].items()
-    }
+    machines = machines_of(results)
     parts = [
         "# Benchmarks",
         "Written by `python -m tests.benchmarks.page` from `tests/benchmarks/results/`, but for "
         "the part on the monitor.",
-        _setting(machine, results["constants"]),
+        _setting(machine, machines),
         "## The aims",
         "Times are forward + backward of the whole layer, router and losses included, over the "
         "dense FFN of equal active FLOPs unless a line says otherwise. Peers are blocks without "
@@ -72,7 +68,7 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
         _left_out(records),
         _compiled(records),
         "## The cost model",
-        _cost_model(records, machines),
+        cost_model(records, machines),
     ]
     if results.get("models"):
         parts += ["## Whole training steps", _models(results["models"])]
@@ -81,20 +77,16 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _setting(machine: dict[str, Any], constants: dict[str, list[float]]) -> str:
+def _setting(machine: dict[str, Any], machines: dict[str, Machine]) -> str:
     versions = ", ".join(
         f"{name} {machine[name]}"
         for name in ("python", "torch", "transformers", "st-moe-pytorch")
         if machine.get(name)
     )
-    reached = "; ".join(
-        f"{dtype} {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.1f} GB/s"
-        for dtype, (flops, moved) in constants.items()
-    )
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; "
-        f"{machine.get('gpu', 'no GPU')}. {versions}. {machine['date']}. It reaches {reached} (a "
-        f"large product; a sum of two into fresh memory).\n\nCommand: `{COMMAND}`; `python -m "
+        f"{machine.get('gpu', 'no GPU')}. {versions}. {machine['date']}. {setting(machines)}"
+        f"\n\nCommand: `{COMMAND}`; `python -m "
         "tests.benchmarks.layer --full` for the whole grid, `--compiled` for compiled forms, "
         "`python -m tests.benchmarks.gpu` on a GPU. Each round draws a new batch and a new "
         "routing, which all contenders get in turn, the first in turn too: row counts are new in "
@@ -166,34 +158,6 @@ def _compiled(records: Records) -> str:
         "it is: `python -m tests.benchmarks.layer --compiled --again --shape NAME`.\n\n"
         + _table(heads, rows)
     )
-
-
-def _cost_model(records: Records, machines: dict[str, Machine]) -> str:
-    # The model spreads tokens evenly.
-    balanced = [r for r in records.values() if Shape(**r["shape"]).load == "balanced"]
-    errors = {described(Shape(**r["shape"])): error(r, machines) for r in balanced}
-    outside = sorted(
-        ((abs(off), f"{name}: {off:+.0%}") for name, off in errors.items() if abs(off) > 0.25),
-        reverse=True,
-    )
-    text = (
-        "`ecomoe cost` (`ecomoe/cost_model.py`) predicts that each operation takes as long as its "
-        "FLOPs or its bytes at the rates above, and some time whatever its size: on a CPU "
-        f"{1e6 * CPU_OPERATION:.0f} microseconds, the one constant that is fitted to these shapes "
-        "and not measured by itself. Over the dense FFN, forward + backward, it is within 25 % of "
-        f"what is measured at {len(errors) - len(outside)} of {len(errors)} shapes."
-    )
-    if outside:
-        text += " Farther off: " + "; ".join(line for _, line in outside) + "."
-    if len(balanced) > 1:
-        fits = left_out(balanced, machines)
-        worst = max(abs(off) for _, off in fits)
-        low, high = (1e6 * bound(constant for constant, _ in fits) for bound in (min, max))
-        text += (
-            f" Fitted to all shapes but one, each in turn, that constant is {low:.0f} to "
-            f"{high:.0f} microseconds, and the shape left out is predicted within {worst:.0%}."
-        )
-    return text
 
 
 def _models(models: dict[str, Any]) -> str:
