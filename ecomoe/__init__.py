@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ecomoe.auxiliary import aux_loss
 from ecomoe.control import Control, control_parameter
 from ecomoe.convert import convert
+from ecomoe.experts_implementation import set_experts_implementation
 from ecomoe.loading import extend_registries, from_pretrained
 from ecomoe.moe import EcoMoE
 from ecomoe.rescue import rescue
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "from_pretrained",
     "rescue",
+    "set_experts_implementation",
 ]
 
 extend_registries()

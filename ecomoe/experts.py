@@ -10,6 +10,7 @@ F output features.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,15 @@ class Experts(nn.Module):
         return y_SF.view(self.num_experts, num_tokens, self.d_output).transpose(0, 1)
 
 
+class Delegate(Protocol):
+    """Who computes experts in place of `FFNExperts`; see `ecomoe.set_experts_implementation`."""
+
+    def __call__(
+        self, experts: FFNExperts, x_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor
+    ) -> Tensor | None:
+        """Return each token's gate-weighted sum, ``(N, F)``; ``None`` where it cannot."""
+
+
 class FFNExperts(Experts):
     """Feed-forward experts, plain ``down(act(up x))`` or gated ``down(act(gate x) * up x)``.
 
@@ -167,7 +177,12 @@ class FFNExperts(Experts):
         spread: How far experts differ at the start; see `ExpertLinear.reset_parameters`.
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
+
+    Attributes:
+        delegate: Who computes `mixture` in its place; ``None`` for nobody.
     """
+
+    delegate: Delegate | None = None
 
     def __init__(
         self,
@@ -241,7 +256,29 @@ class FFNExperts(Experts):
         """
         if has_hooks(self):
             return None
+        if self.delegate is not None and self._are_plain():
+            ids_NK = plan.expert_ids_S.index_select(0, plan.inverse_S).view(weights_NK.shape)
+            y_NF = self.delegate(self, x_ND, ids_NK, weights_NK)
+            if y_NF is not None:
+                return y_NF
         return self._in_one_operator(x_ND, weights_NK, plan.order_S, plan.ends_E)
+
+    def activation_name(self) -> str | None:
+        """Return the activation's name in `activations.ELEMENTWISE`; ``None`` for any other."""
+        known, name = self._known_activation
+        return name if known is self.activation else None
+
+    def projections(self) -> tuple[ExpertLinear, ExpertLinear]:
+        """Return the map to the hidden features, and the one from them."""
+        return (self.gate_up_proj if self.gated else self.up_proj), self.down_proj
+
+    def _are_plain(self) -> bool:
+        """Return whether nobody waits for a call of a part of the experts, nor drops features."""
+        if self.dropout and self.training:
+            return False
+        if isinstance(self.activation, nn.Module) and has_hooks(self.activation):
+            return False
+        return all(isinstance(m, ExpertLinear) and m.is_plain() for m in self.projections())
 
     def _in_one_operator(
         self, x_ND: Tensor, weights_NK: Tensor | None, order_S: Tensor, ends_E: Tensor
@@ -250,16 +287,12 @@ class FFNExperts(Experts):
 
         It passes over the projections as modules, so nobody may be waiting for calls of them.
         """
-        first, down = self.gate_up_proj if self.gated else self.up_proj, self.down_proj
-        known, activation = self._known_activation
-        if activation is None or known is not self.activation or not for_host(x_ND):
+        activation = self.activation_name()
+        if activation is None or not for_host(x_ND):
             return None
-        if self.norm is not None or (self.dropout and self.training):
+        if self.norm is not None or not self._are_plain():
             return None
-        if isinstance(known, nn.Module) and has_hooks(known):
-            return None
-        if not all(isinstance(m, ExpertLinear) and m.is_plain() for m in (first, down)):
-            return None
+        first, down = self.projections()
         x_ND = _as_autocast(x_ND)
         up_EGD, up_bias_EG = first.cast_operands(x_ND)
         down_EFH, down_bias_EF = down.cast_operands(x_ND)

@@ -28,7 +28,7 @@ LAYERS = [
     {"routers", "experts"},
     {"auxiliary", "oracle"},
     {"moe", "relay", "terms"},
-    {"cost"},
+    {"cost", "experts_implementation"},
     {"distributed"},
     {"upcycle", "multihop"},
     {"sites"},

@@ -89,6 +89,16 @@ def build_ours(shape: Shape, forced: Forced) -> nn.Module:
     return layer
 
 
+def build_delegated(shape: Shape, forced: Forced, implementation: str) -> nn.Module:
+    """Return the package's layer with experts that a back end of transformers computes."""
+    layer = build_ours(shape, forced)
+    try:
+        ecomoe.set_experts_implementation(layer, implementation)
+    except ValueError as error:
+        raise ImportError(str(error)) from error
+    return layer
+
+
 class Products(nn.Module):
     """The experts' products alone: each expert has as many tokens, and all are in one batch.
 
@@ -268,6 +278,8 @@ def builders(
         found["st_moe"] = "routes by itself, to two experts or more, in fp32"
     elif shape.tokens > 8192:
         found["st_moe"] = "its dispatch tensor grows with the square of the tokens"
+    if torch.cuda.is_available():  # what needs one
+        found["ecomoe sonicmoe"] = lambda: build_delegated(shape, forced, "sonicmoe")
     if compiled:
         found["dense compiled"] = lambda: torch.compile(DenseFFN(shape))  # type: ignore[return-value]
         found["ecomoe compiled"] = lambda: torch.compile(build_ours(shape, forced))  # type: ignore[return-value]
