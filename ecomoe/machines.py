@@ -116,17 +116,21 @@ class Host(Machine):
 
     def seconds(self, operation: Operation) -> float:
         """Return how long an operation takes: its parts, one after the other."""
-        moved = operation.bytes + (self.block_passes - 1.0) * operation.blocked
+        return sum(self.parts(operation).values())
+
+    def parts(self, operation: Operation) -> dict[str, float]:
+        """Return the seconds that an operation takes, by what they are spent on."""
+        copied = (self.block_passes - 1.0) * operation.blocked
         launch = self.seconds_per_product if operation.flops else self.seconds_per_launch
-        call = 0.0 if operation.call is None else getattr(self.fitted, operation.call)
-        return (
-            operation.flops / self.flops_per_second
-            + moved / self.bytes_per_second
-            + operation.fresh / self.fresh_bytes_per_second
-            + operation.launches * launch * self.fitted.launch
-            + operation.scores * self.fitted.score
-            + call
-        )
+        return {
+            "products": operation.flops / self.flops_per_second,
+            "memory": operation.bytes / self.bytes_per_second,
+            "weights copied into blocks": copied / self.bytes_per_second,
+            "memory from the system": operation.fresh / self.fresh_bytes_per_second,
+            "launches": operation.launches * launch * self.fitted.launch,
+            "router scores": operation.scores * self.fitted.score,
+            "each call": getattr(self.fitted, operation.call) if operation.call else 0.0,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """The benchmark's instruments: what they measure is what they say. Nothing here is timed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from ecomoe.machines import FITTED, Fitted, Host
-from tests.benchmarks import aims, fit, layer, page, plots, shapes
+from tests.benchmarks import aims, fit, layer, misses, page, plots, shapes
 from tests.benchmarks.contenders import Forced, PeerRouter, build_ours, build_transformers
 from tests.benchmarks.results import RESULTS
-from tests.benchmarks.shapes import LARGE, Shape
+from tests.benchmarks.shapes import FEW, LARGE, LONG, MANY, Shape
 from tests.benchmarks.timing import STATUS, Contender, paired, quartiles, race
 
 SMALL = Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
@@ -154,6 +155,95 @@ def test_a_peer_counts_by_paired_time(record):
     worst = found["time over the best lossless peer's at most 1.05 at every shape"]
     assert worst.met is False
     assert "1.25 at n4096" in worst.reason
+
+
+def test_shapes_that_an_aim_speaks_of_and_nobody_measured_are_named(record):
+    found = aims.verdicts(with_ratio(record, LARGE, 1.0), MACHINES)
+    (rest,) = [each for each in found if each.met is None]
+    assert "4,096 tokens and more, D >= 512, 16 experts, top-2" in rest.aim
+    assert rest.measured == "1 of 24 measured"
+    assert "n16384-d1024-e16-k2-f2048-gated-bf16-balanced" in rest.reason
+    assert LARGE.name not in rest.reason
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_hard_shape_of_few_tokens_has_one_limit_in_both_dtypes(record, dtype):
+    shape = replace(FEW, dtype=dtype)
+    for ratio, met in ((1.59, True), (1.61, False)):
+        found = aims.verdicts(with_ratio(record, shape, ratio), MACHINES)[0]
+        assert (found.aim[:43], found.met) == ("forward + backward over dense at most 1.6: ", met)
+
+
+def test_experts_have_to_be_flat_by_each_way_of_telling(record):
+    def verdict(over_dense, seconds):
+        records = {**with_ratio(record, LONG, 1.0), **with_ratio(record, MANY, over_dense)}
+        for name, spent in ((LONG.name, 1.0), (MANY.name, seconds)):
+            records[name]["contenders"]["ecomoe"]["both"]["seconds"] = [spent] * 3
+        found = aims.verdicts(records, MACHINES)
+        return next(each for each in found if each.aim.startswith("256 experts over 16"))
+
+    assert verdict(1.4, 1.4).met
+    assert not verdict(1.6, 1.4).met
+    assert not verdict(1.4, 1.6).met
+
+
+def test_bytes_and_router_are_judged_at_few_tokens_too(record):
+    few = replace(FEW, tokens=16)
+    records = {**with_ratio(record, LARGE, 1.0), **with_ratio(record, few, 1.0)}
+    for name, saved, rest in ((LARGE.name, 1.0, 0.99), (few.name, 3.0, 0.8)):
+        contenders = records[name]["contenders"]
+        contenders["ecomoe"]["saved_bytes"] = saved * contenders["dense"]["saved_bytes"]
+        contenders["routed"]["both"]["over_ecomoe"] = [rest] * 3
+        records[name]["schedule_seconds"] = 0.0
+    found = {each.aim: each for each in aims.verdicts(records, MACHINES)}
+    saved = "bytes saved for backward over dense at most 1.1: "
+    assert found[saved + "every shape"].measured == "1.00 to 3.00, 1 of 2 within"
+    assert found[saved + "every shape"].met is False
+    assert found[saved + "4,096 tokens and more"].met
+    router = "router, losses and schedule at most 5% of forward + backward (D >= 512"
+    assert found[router + ")"].measured == "1.0% to 20.0%, 1 of 2 within"
+    assert found[router + ", 256 tokens and more)"].met
+
+
+def test_the_schedule_counts_to_the_router(record):
+    copied = json.loads(json.dumps(record))
+    assert 0.0 < copied["schedule_seconds"] < 1e-2
+    copied["contenders"]["routed"]["both"]["over_ecomoe"] = [0.97] * 3
+    copied["contenders"]["ecomoe"]["both"]["seconds"] = [2.0] * 3
+    copied["schedule_seconds"] = 0.1
+    assert aims.router_share(copied) == pytest.approx(0.03 + 0.05)
+
+
+def test_the_monitors_aim_is_read_from_its_part_of_the_page():
+    line = "| inside the monitor's hooks, of a step | **{} %** | 0.3 to 0.4 % |"
+    assert aims.monitor_verdict(line.format("0.345")).met
+    assert aims.monitor_verdict(line.format("1.2")).met is False
+    assert aims.monitor_verdict("").met is None
+
+
+def test_a_missed_shape_is_listed_with_bytes_and_reason(record):
+    records = with_ratio(record, LARGE, 1.3)
+    contenders = records[LARGE.name]["contenders"]
+    of_peer = {"over_dense": [2.0] * 3, "over_ecomoe": [0.5] * 3}
+    contenders["eager"] = {"forward": of_peer, "both": {**of_peer, "over_ecomoe": [2.0] * 3}}
+    contenders["ecomoe"]["saved_bytes"] = 2 * contenders["dense"]["saved_bytes"]
+    contenders["ecomoe"]["forward"]["seconds"] = [0.5] * 3
+    contenders["routed"]["both"]["over_ecomoe"] = [1.0] * 3
+    ((shape, missed, reason),) = misses.missed_shapes(records, MACHINES)
+    assert shape == aims.described(LARGE)
+    assert missed.startswith("1.30 of dense, at most 1.1; 2.00 of `eager` forward, at most 1.05; ")
+    assert missed.endswith("saves 2.00 of dense, at most 1.1")
+    layer_shape = fit.layer_shape(LARGE)
+    work = fit.cost_model.layer_work(layer_shape, tokens=LARGE.tokens, training=False)
+    assert f"forward: {work.bytes / 1e6:,.1f} MB must move against" in reason
+    assert f"which takes {1e3 * work.bytes / 1e10:,.3g} of 500 ms" in reason
+    assert "by the model" in reason
+    # Well within every aim, it is not listed.
+    contenders["eager"]["forward"] = contenders["eager"]["both"]
+    contenders["ecomoe"]["saved_bytes"] = contenders["dense"]["saved_bytes"]
+    contenders["ecomoe"]["both"]["over_dense"] = [1.0] * 3
+    records[LARGE.name]["schedule_seconds"] = 0.0
+    assert list(misses.missed_shapes(records, MACHINES)) == []
 
 
 def test_a_race_is_won_by_every_one_of_three_seeds():
@@ -333,3 +423,17 @@ def test_fit_prints_what_to_commit(tmp_path, capsys):
         "forward: 16 of 16 shapes within 25%",
         "forward + backward, shapes left out: 16 of 16",
     ]
+
+
+def test_a_gpu_is_told_by_the_roofline_alone(record):
+    layers = with_ratio(record, LARGE, 1.0) | with_ratio(record, FEW, 1.0)
+    of_both = {"flops_per_second": 4e14, "bytes_per_second": 3e12}
+    results = {
+        "machine": {"processor": "p", "cores": 2, "threads": 1, "date": "today", "gpu": "a GPU"},
+        "constants": {"fp32": of_both, "bf16": of_both},
+        "layers": layers,
+    }
+    text = page.page(results, {})
+    assert "fp32 400,000 GFLOP/s, 3000.0 GB/s" in text
+    assert "Four constants" not in text
+    assert "did not see" not in text

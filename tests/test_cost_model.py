@@ -98,6 +98,15 @@ def test_a_host_adds_up_what_an_operation_takes():
     assert host.seconds(product) == pytest.approx(3.0 + 5.0 + 2.0 + 4 * 5.0 * 2.0)
     assert host.seconds(Operation(bytes=400.0, launches=4)) == pytest.approx(4.0 + 4 * 1.0 * 2.0)
     assert host.seconds(Operation(scores=6.0, launches=0)) == pytest.approx(3.0)
+    assert host.parts(product) == {
+        "products": 3.0,
+        "memory": 4.0,
+        "weights copied into blocks": 1.0,
+        "memory from the system": 2.0,
+        "launches": 40.0,
+        "router scores": 0.0,
+        "each call": 0.0,
+    }
     for training, seconds in ((False, 1000.0), (True, 5000.0)):
         assert cost.call_work(training=training).seconds(host) == seconds
     # The roofline knows of none of these.

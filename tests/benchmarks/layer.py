@@ -93,7 +93,12 @@ def measure(
     routed = copy.deepcopy(ours.module)
     contenders.insert(2, Contender("routed", routed, around=decided_beforehand(routed)))
     race(contenders, KINDS, draw, seconds=seconds, fewest=fewest, most=most)
-    record: dict[str, Any] = {"shape": vars(shape), "left_out": left_out, "contenders": {}}
+    record: dict[str, Any] = {
+        "shape": vars(shape),
+        "left_out": left_out,
+        "schedule_seconds": schedule_seconds(ours.module),
+        "contenders": {},
+    }
     for each in contenders:
         found: dict[str, Any] = {}
         for kind in KINDS:
@@ -105,6 +110,17 @@ def measure(
             }
         record["contenders"][each.name] = {**found, **held.get(each.name, {})}
     return record
+
+
+def schedule_seconds(layer: nn.Module) -> float:
+    """Return the median time to set a layer to a share of training done, once a step."""
+    spent = []
+    for index in range(101):
+        began = time.perf_counter()
+        layer.set_progress(index / 100)  # type: ignore[operator]
+        spent.append(time.perf_counter() - began)
+    layer.set_progress(0.0)  # type: ignore[operator]
+    return quartiles(spent)[1]
 
 
 def decided_beforehand(layer: nn.Module) -> Any:

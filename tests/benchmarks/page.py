@@ -14,12 +14,14 @@ from tests.benchmarks.aims import (
     Records,
     best_peer,
     described,
+    monitor_verdict,
     race_verdicts,
     router_share,
     verdicts,
 )
 from tests.benchmarks.cost_page import cost_model, setting
 from tests.benchmarks.fit import machines_of, predicted
+from tests.benchmarks.misses import missed_shapes
 from tests.benchmarks.plots import curves, ratios
 from tests.benchmarks.results import RESULTS
 from tests.benchmarks.shapes import Shape
@@ -29,8 +31,8 @@ COMMAND = "make bench"
 BY_HAND = "## Monitor"  # what follows this heading is not written here, and kept
 
 
-def page(results: dict[str, Any], races: dict[str, Any]) -> str:
-    """Return the page as Markdown."""
+def page(results: dict[str, Any], races: dict[str, Any], by_hand: str = "") -> str:
+    """Return the page as Markdown, but for what is written by hand, which one aim is read from."""
     machine, records = results["machine"], results["layers"]
     machines = machines_of(results)
     parts = [
@@ -48,12 +50,17 @@ def page(results: dict[str, Any], races: dict[str, Any]) -> str:
                 (
                     each.aim,
                     each.measured,
-                    {True: "met", False: "**missed**"}[bool(each.met)],
+                    {True: "met", False: "**missed**", None: "not measured"}[each.met],
                     each.reason,
                 )
-                for each in [*verdicts(records, machines), *race_verdicts(races)]
+                for each in [
+                    *verdicts(records, machines),
+                    monitor_verdict(by_hand),
+                    *race_verdicts(races),
+                ]
             ),
         ),
+        _missed(records, machines),
         "## Every shape",
         "Medians of paired ratios, their quartiles in brackets. *Peer* is the fastest of "
         "transformers' Mixtral block with `grouped_mm`, `eager` and `batched_mm`, which drop no "
@@ -91,6 +98,17 @@ def _setting(machine: dict[str, Any], machines: dict[str, Machine]) -> str:
         "`python -m tests.benchmarks.gpu` on a GPU. Each round draws a new batch and a new "
         "routing, which all contenders get in turn, the first in turn too: row counts are new in "
         "every step, as in training. Gradients are None before each step."
+    )
+
+
+def _missed(records: Records, machines: dict[str, Machine]) -> str:
+    rows = list(missed_shapes(records, machines))
+    if not rows:
+        return ""
+    return (
+        "### Missed shapes\n\nEach shape that misses one of the aims, and what its time goes into. "
+        "*Must move* is what each operation has to read and write once, with what it takes at the "
+        "rate of memory above.\n\n" + _table(("shape", "missed", "reason"), rows)
     )
 
 
@@ -257,11 +275,11 @@ def main(arguments: list[str] | None = None) -> None:
         race["runs"] = {key: run for key, run in race["runs"].items() if "result" in run}
         if race["runs"]:
             races[path.stem.removeprefix("race-")] = race
-    text = page(results, races)
+    heading = by_hand = ""
     if given.out.exists():
         _, heading, by_hand = given.out.read_text().partition(BY_HAND)
-        text += "\n" + heading + by_hand if heading else ""
-    given.out.write_text(text)
+    text = page(results, races, by_hand)
+    given.out.write_text(text + "\n" + heading + by_hand if heading else text)
     given.out.with_suffix(".svg").write_text(ratios(results["layers"]))
     for name, race in races.items():
         (given.out.parent / f"race-{name}.svg").write_text(curves(race))
