@@ -115,3 +115,24 @@ ELEMENTWISE: dict[str, Elementwise] = {
         lambda grad, x, out: aten.silu_backward.grad_input(grad, x, grad_input=out),
     ),
 }
+
+
+def activate(pre: Tensor, activation: str, *, out: Tensor) -> Tensor:
+    """Write the hidden layer ``(..., H)`` of pre-activations, ``(..., 2 H)`` where it is gated."""
+    values, _ = ELEMENTWISE[activation]
+    d_hidden = out.shape[-1]
+    values(pre[..., :d_hidden], out)
+    return out if pre.shape[-1] == d_hidden else out.mul_(pre[..., d_hidden:])
+
+
+def activate_backward(grad: Tensor, pre: Tensor, activation: str, *, out: Tensor) -> None:
+    """Write the pre-activations' gradient from that of the hidden layer, which is overwritten."""
+    values, gradient = ELEMENTWISE[activation]
+    d_hidden = grad.shape[-1]
+    if pre.shape[-1] == d_hidden:
+        gradient(grad, pre, out)
+        return
+    gate, up = pre[..., :d_hidden], pre[..., d_hidden:]
+    values(gate, out[..., d_hidden:])
+    out[..., d_hidden:].mul_(grad)
+    gradient(grad.mul_(up), gate, out[..., :d_hidden])

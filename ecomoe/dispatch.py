@@ -197,3 +197,12 @@ def _sum_of_slots(y_SF: Tensor, slots_NK: Tensor, weights_NK: Tensor | None) -> 
     with without_autocast(weights_NK):
         wide_NKF = y_NKF.to(weights_NK.dtype)
         return torch.matmul(weights_NK.unsqueeze(1), wide_NKF).squeeze(1).to(y_SF.dtype)
+
+
+def sum_of_rows(rows_RX: Tensor, rows_S: Tensor, gates_NK: Tensor | None) -> Tensor:
+    """Return the gate-weighted sum of each token's rows, ``(N, X)``."""
+    if gates_NK is None:
+        return rows_RX.index_select(0, rows_S)
+    gates_NK = gates_NK.to(rows_RX.dtype)
+    rows_NK = rows_S.view(gates_NK.shape)
+    return F.embedding_bag(rows_NK, rows_RX, mode="sum", per_sample_weights=gates_NK)

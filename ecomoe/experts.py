@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ecomoe.activations import ACTIVATIONS, Activation, has_hooks, name_of
 from ecomoe.dispatch import Plan
-from ecomoe.feed_forward import feed_forward, forward_alone
+from ecomoe.feed_forward import feed_forward
 from ecomoe.grouped import grouped_linear
-from ecomoe.pieces import are_operators_seen, for_host
+from ecomoe.pieces import for_host
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -300,8 +300,7 @@ class FFNExperts(Experts):
         if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors):
             return None
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        compute = feed_forward if keep or are_operators_seen() else forward_alone
-        y_NF: Tensor = compute(*tensors, order_S, ends_E, activation, keep)[0]
+        y_NF, _ = feed_forward(*tensors, order_S, ends_E, activation, keep)
         return y_NF
 
 

@@ -18,28 +18,31 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ecomoe import buffers
-from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
-from ecomoe.dispatch import Plan, combine, scatter_to_experts, unsort_slots
-from ecomoe.grouped import expert_of_slot, grouped_linear, grouped_product
+from ecomoe.activations import ACTIVATIONS, activate, activate_backward
+from ecomoe.dispatch import Plan, combine, scatter_to_experts, sum_of_rows, unsort_slots
+from ecomoe.few_slots import are_few, backward_few, forward_few
+from ecomoe.grouped import expert_of_slot, grouped_linear
 from ecomoe.pieces import (
-    VERY_FEW_ROWS,
     Layout,
     add_outer,
     affine,
+    are_operators_seen,
     empty_gradient,
     most_rows,
     of_experts,
     product,
 )
 
-# Slots up to which they are computed one by one, as in the decoding of one token.
-FEW_SLOTS = 8
+
+def kept_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return how many rows of pre-activations a backward pass of so many slots needs."""
+    most = most_rows(num_slots, num_experts, dtype)
+    return torch.sym_ite(are_few(num_slots, num_experts, dtype), num_slots, most)
 
 
-def forward_alone(
+def _forward(
     x_ND: Tensor,
     gates_NK: Tensor | None,
     up_EGD: Tensor,
@@ -51,86 +54,40 @@ def forward_alone(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gate-weighted sum of each token's experts ``(N, F)``, and the pre-activations.
-
-    What `feed_forward` computes; it may be called itself where nothing is differentiated, traced or
-    compiled: the call of an operator takes as long as five small ones of torch's.
-
-    Without gates, a token has one expert, whose output it gets. The layer is gated where ``up_EGD``
-    gives twice the features that ``down_EFH`` takes. The pre-activations ``(R, G)`` have no rows
-    unless they are to be kept for a backward pass, else as many as any routing may need.
-    """
     top_k = 1 if gates_NK is None else gates_NK.shape[1]
-    tokens_S = order_S // top_k
-    num_slots, d_hidden, width = len(order_S), down_EFH.shape[2], up_EGD.shape[1]
-    most = most_rows(num_slots, up_EGD.shape[0], x_ND.dtype) if keep else 0
-    pre_RG = buffers.empty(x_ND, (most, width))
-    if num_slots <= FEW_SLOTS and not keep:
+    num_slots, num_experts = len(order_S), up_EGD.shape[0]
+    d_hidden, width = down_EFH.shape[2], up_EGD.shape[1]
+    if are_few(num_slots, num_experts, x_ND.dtype):
         operands = up_EGD, up_bias_EG, down_EFH, down_bias_EF
-        return _one_by_one(x_ND, gates_NK, *operands, order_S, ends_E, activation), pre_RG
-    if _are_few(x_ND, order_S, up_EGD, down_EFH):
-        pre_SG = grouped_product(x_ND.index_select(0, tokens_S), up_EGD, up_bias_EG, ends_E)
-        hidden_SH = _activate(pre_SG, activation, out=pre_SG.new_empty(num_slots, d_hidden))
-        y_SF = grouped_product(hidden_SH, down_EFH, down_bias_EF, ends_E)
-        slots_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(num_slots))
-        if keep:
-            layout = Layout(ends_E, x_ND.dtype)
-            for piece in layout.pieces:
-                piece.take(pre_SG, layout.slots_R, piece.of(pre_RG).view(-1))
-        return _sum_of_rows(y_SF, slots_S, gates_NK), pre_RG
+        y_NF, pre_SG = forward_few(x_ND, gates_NK, *operands, order_S, ends_E, activation)
+        return y_NF, pre_SG if keep else pre_SG.new_empty(0, width)
     layout = Layout(ends_E, x_ND.dtype)
-    y_RF = buffers.empty(
-        x_ND, (most_rows(num_slots, up_EGD.shape[0], x_ND.dtype), down_EFH.shape[1])
-    )
-    tokens_R = tokens_S[layout.slots_R]
+    most = most_rows(num_slots, num_experts, x_ND.dtype)
+    pre_RG = buffers.empty(x_ND, (most if keep else 0, width))
+    y_RF = buffers.empty(x_ND, (most, down_EFH.shape[1]))
+    tokens_R = (order_S // top_k)[layout.slots_R]
     x, pre, hidden = (layout.spare_memory(x_ND, each) for each in (x_ND.shape[1], width, d_hidden))
     for piece in layout.pieces:
         own = piece.experts
         x_BPD = piece.take(x_ND, tokens_R, x)
         pre_BPG = piece.of(pre_RG) if keep else piece.spare(pre, width)
         affine(x_BPD, up_EGD[own], of_experts(up_bias_EG, own), out=pre_BPG)
-        hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
+        hidden_BPH = activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
         affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=piece.of(y_RF))
-    return _sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
+    return sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
 
 
-def _one_by_one(
-    x_ND: Tensor,
-    gates_NK: Tensor | None,
-    up_EGD: Tensor,
-    up_bias_EG: Tensor | None,
-    down_EFH: Tensor,
-    down_bias_EF: Tensor | None,
-    order_S: Tensor,
-    ends_E: Tensor,
-    activation: str,
-) -> Tensor:
-    num_slots, top_k = len(order_S), 1 if gates_NK is None else gates_NK.shape[1]
-    y_SF = x_ND.new_empty(num_slots, down_EFH.shape[1])
-    experts = expert_of_slot(ends_E, num_slots).tolist()
-    for slot, expert in zip(order_S.tolist(), experts, strict=True):
-        up_bias, down_bias = (b if b is None else b[expert] for b in (up_bias_EG, down_bias_EF))
-        pre_1G = F.linear(x_ND[slot // top_k].unsqueeze(0), up_EGD[expert], up_bias)
-        hidden_1H = _activate(pre_1G, activation, out=pre_1G.new_empty(1, down_EFH.shape[2]))
-        y_SF[slot : slot + 1] = F.linear(hidden_1H, down_EFH[expert], down_bias)
-    if gates_NK is None:
-        return y_SF
-    y_NKF = y_SF.view(*gates_NK.shape, y_SF.shape[1])
-    return torch.bmm(gates_NK.to(y_SF.dtype).unsqueeze(1), y_NKF).squeeze(1)
+_feed_forward = torch.library.custom_op("ecomoe::feed_forward", _forward, mutates_args=())
 
 
-feed_forward = torch.library.custom_op("ecomoe::feed_forward", forward_alone, mutates_args=())
-
-
-@feed_forward.register_fake
+@_feed_forward.register_fake
 def _(x_ND, gates_NK, up_EGD, up_bias, down_EFH, down_bias, order_S, ends_E, activation, keep):  # type: ignore[no-untyped-def]
-    most = most_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype) if keep else 0
+    rows = kept_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype) if keep else 0
     y_NF = x_ND.new_empty(x_ND.shape[0], down_EFH.shape[1])
-    return y_NF, x_ND.new_empty(most, up_EGD.shape[1])
+    return y_NF, x_ND.new_empty(rows, up_EGD.shape[1])
 
 
-@torch.library.custom_op("ecomoe::feed_forward_backward", mutates_args=())
-def feed_forward_backward(
+def _backward(
     grad_NF: Tensor,
     x_ND: Tensor,
     gates_NK: Tensor | None,
@@ -148,6 +105,9 @@ def feed_forward_backward(
     Those of what there is none of, gates or biases, are empty.
     """
     num_experts, d_model, d_hidden = up_EGD.shape[0], x_ND.shape[1], down_EFH.shape[2]
+    if are_few(order_S.shape[0], num_experts, x_ND.dtype):
+        operands = x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias_EF
+        return backward_few(grad_NF, *operands, order_S, ends_E, activation, has_biases)
     gated = up_EGD.shape[1] != d_hidden
     top_k = 1 if gates_NK is None else gates_NK.shape[1]
     grad_NF = grad_NF.contiguous()
@@ -165,8 +125,8 @@ def feed_forward_backward(
     num_biases = num_experts if has_biases else 0
     grad_up_bias_EG = x_ND.new_zeros(num_biases, up_EGD.shape[1], dtype=wide)
     grad_down_bias_EF = x_ND.new_zeros(num_biases, down_EFH.shape[1], dtype=wide)
-    grad_up_EGD = empty_gradient(up_EGD, layout.pieces)
-    grad_down_EFH = empty_gradient(down_EFH, layout.pieces)
+    grad_up_EGD = empty_gradient(up_EGD, layout.busy)
+    grad_down_EFH = empty_gradient(down_EFH, layout.busy)
     widths = d_model, d_hidden, d_hidden, grad_NF.shape[1]
     spare = partial(layout.spare_memory, x_ND)
     inner, hidden, slope, outer = map(spare, widths)
@@ -177,7 +137,7 @@ def feed_forward_backward(
         gates_BP1 = piece.of(gates_R1)
         pre_BPG = piece.of(pre_RG)
         grad_BPF = piece.take(grad_NF, tokens_R, outer)
-        hidden_BPH = _activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
+        hidden_BPH = activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
         slope_BPH = product(grad_BPF, down_EFH[own], out=piece.spare(slope, d_hidden))
         on_bias_BP: Tensor | float = 0.0
         if gates_NK is not None and down_bias_EF is not None:
@@ -191,7 +151,7 @@ def feed_forward_backward(
             dot_BP = parts_BPX.sum(2, dtype=wide)
             piece.of(grad_gates_R.unsqueeze(1)).squeeze(2).copy_(dot_BP.add_(on_bias_BP))
         joined_BPG = piece.spare(joined, up_EGD.shape[1])
-        _activate_backward(slope_BPH, pre_BPG, activation, out=joined_BPG)
+        activate_backward(slope_BPH, pre_BPG, activation, out=joined_BPG)
         x_BPD = piece.take(x_ND, tokens_R, inner).mul_(gates_BP1)
         add_outer(joined_BPG, x_BPD, piece, grad_up_EGD)
         if has_biases:
@@ -200,7 +160,7 @@ def feed_forward_backward(
         product(joined_BPG, up_EGD[own], out=piece.of(grad_x_RD))
     grad_gates_S = grad_gates_R if gates_NK is None else grad_gates_R[rows_S].to(gates_NK.dtype)
     return (
-        _sum_of_rows(grad_x_RD, rows_S, gates_NK),
+        sum_of_rows(grad_x_RD, rows_S, gates_NK),
         grad_gates_S.view(-1, top_k),
         grad_up_EGD,
         grad_up_bias_EG.to(x_ND.dtype),
@@ -209,7 +169,12 @@ def feed_forward_backward(
     )
 
 
-@feed_forward_backward.register_fake
+_feed_forward_backward = torch.library.custom_op(
+    "ecomoe::feed_forward_backward", _backward, mutates_args=()
+)
+
+
+@_feed_forward_backward.register_fake
 def _(grad_NF, x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias, order, ends, name, has_biases):  # type: ignore[no-untyped-def]
     num_biases = up_EGD.shape[0] if has_biases else 0
     wide = torch.promote_types(x_ND.dtype, torch.float32)
@@ -221,45 +186,6 @@ def _(grad_NF, x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias, order, ends,
         down_EFH.new_empty(down_EFH.shape),
         x_ND.new_empty(num_biases, down_EFH.shape[1]),
     )
-
-
-def _sum_of_rows(rows_RX: Tensor, rows_S: Tensor, gates_NK: Tensor | None) -> Tensor:
-    """Return the gate-weighted sum of each token's rows, ``(N, X)``."""
-    if gates_NK is None:
-        return rows_RX.index_select(0, rows_S)
-    gates_NK = gates_NK.to(rows_RX.dtype)
-    rows_NK = rows_S.view(gates_NK.shape)
-    return F.embedding_bag(rows_NK, rows_RX, mode="sum", per_sample_weights=gates_NK)
-
-
-def _are_few(x_ND: Tensor, order_S: Tensor, up_EGD: Tensor, down_EFH: Tensor) -> bool:
-    """Whether ``F.grouped_mm``, which pads nothing, is faster, and reads the weights as they are.
-
-    Reading them is all that takes time then; MKL's time for a batch goes with its padded rows.
-    """
-    aligned = up_EGD.shape[2] % 4 == 0 == down_EFH.shape[2] % 4
-    contiguous = up_EGD.is_contiguous() and down_EFH.is_contiguous()
-    few = order_S.shape[0] < VERY_FEW_ROWS * up_EGD.shape[0]
-    return few and aligned and contiguous and x_ND.itemsize == 4
-
-
-def _activate(pre: Tensor, activation: str, *, out: Tensor) -> Tensor:
-    values, _ = ELEMENTWISE[activation]
-    d_hidden = out.shape[-1]
-    values(pre[..., :d_hidden], out)
-    return out if pre.shape[-1] == d_hidden else out.mul_(pre[..., d_hidden:])
-
-
-def _activate_backward(grad: Tensor, pre: Tensor, activation: str, *, out: Tensor) -> None:
-    values, gradient = ELEMENTWISE[activation]
-    d_hidden = grad.shape[-1]
-    if pre.shape[-1] == d_hidden:
-        gradient(grad, pre, out)
-        return
-    gate, up = pre[..., :d_hidden], pre[..., d_hidden:]
-    values(gate, out[..., d_hidden:])
-    out[..., d_hidden:].mul_(grad)
-    gradient(grad.mul_(up), gate, out[..., :d_hidden])
 
 
 def composed(
@@ -307,8 +233,9 @@ def _differentiate(ctx, grad_NF: Tensor | None, _: None):  # type: ignore[no-unt
         gradients = _differentiable_gradients(grad_NF, tensors, ctx.activation)
         return *gradients, None, None, None, None
     has_biases = up_bias_EG is not None or down_bias_EF is not None
+    backward = _feed_forward_backward if are_operators_seen() else _backward
     grad_x_ND, grad_gates_NK, grad_up_EGD, grad_up_bias_EG, grad_down_EFH, grad_down_bias_EF = (
-        feed_forward_backward(
+        backward(
             grad_NF,
             x_ND,
             gates_NK,
@@ -346,4 +273,43 @@ def _differentiable_gradients(
     return [next(found) if t is not None and t.requires_grad else None for t in operands]
 
 
-feed_forward.register_autograd(_differentiate, setup_context=_keep)
+_feed_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _FeedForward(torch.autograd.Function):
+    """The operator without its name: to be called by that takes as long as five small ones."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def feed_forward(
+    x_ND: Tensor,
+    gates_NK: Tensor | None,
+    up_EGD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_EFH: Tensor,
+    down_bias_EF: Tensor | None,
+    order_S: Tensor,
+    ends_E: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gate-weighted sum of each token's experts ``(N, F)``, and the pre-activations.
+
+    Without gates, a token has one expert, whose output it gets. The layer is gated where ``up_EGD``
+    gives twice the features that ``down_EFH`` takes. The pre-activations ``(R, G)`` have no rows
+    unless they are to be kept for a backward pass, else as many as any routing may need.
+    """
+    operands = x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF
+    compute = _forward
+    if are_operators_seen():
+        compute = _feed_forward
+    elif keep:
+        compute = _FeedForward.apply
+    return compute(*operands, order_S, ends_E, activation, keep)

@@ -89,7 +89,7 @@ def _loop_backward(
     grad_x_RD = buffers.empty(x_SD, (most, width_in))
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
-    grad_weight_EFD = empty_gradient(weight_EFD, layout.pieces)
+    grad_weight_EFD = empty_gradient(weight_EFD, layout.busy)
     inner, outer = (layout.spare_memory(x_SD, width) for width in (width_in, width_out))
     own_R1 = layout.own_R.to(x_SD.dtype).unsqueeze(1)
     for piece in layout.pieces:

@@ -13,6 +13,7 @@ all pieces, one piece behind the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -27,13 +28,13 @@ MAX_ROWS = 1024
 MAX_PIECE_ROWS = 4096
 # Rows an expert up to which reading its weights takes longer than its products.
 FEW_ROWS = 64
-# Rows an expert, on average, up to which padding them costs more than a batch saves.
-VERY_FEW_ROWS = 8
 # Between which rows an expert ``(W x^T)^T`` is faster than ``x W^T``, although it has to be
 # transposed: 0.7 of the time at 16 rows, for MKL in 32 bits (True) and oneDNN in 16 (False).
-WEIGHTS_FIRST = {True: (VERY_FEW_ROWS, 56), False: (0, 56)}
+WEIGHTS_FIRST = {True: (8, 56), False: (0, 56)}
 # Experts of a piece: few numbers, for the kernels' sake.
 BATCHES = (8, 4, 2)
+# Bytes of zeros from which fresh pages cost less than writing them.
+FRESH = 32 * 2**20
 # How much more than its experts alone a piece may cost.
 MAX_EXCESS = 1.25
 
@@ -78,6 +79,11 @@ class Piece:
         return slice(self.expert, self.expert + len(self.spans))
 
     @property
+    def numbers(self) -> range:
+        """The numbers of its experts."""
+        return range(self.expert, self.expert + len(self.spans))
+
+    @property
     def num_rows(self) -> int:
         """Rows of all its experts."""
         return len(self.spans) * self.rows
@@ -108,6 +114,7 @@ class Layout:
     Attributes:
         pieces: The pieces.
         num_experts: Experts, those without slots included.
+        busy: Experts in pieces.
         slots_R: The slot of each row; in a row beyond its expert's slots the last of them, so that
             a value that is not finite stays with its expert.
         own_R: Whether the row is within its expert's slots.
@@ -117,6 +124,7 @@ class Layout:
     def __init__(self, ends_E: Tensor, dtype: torch.dtype) -> None:
         self.pieces = cut(ends_E, dtype)
         self.num_experts = ends_E.shape[0]
+        self.busy = {expert for piece in self.pieces for expert in piece.numbers}
         spans = [(*span, piece.rows) for piece in self.pieces for span in piece.spans]
         starts_Q, ends_Q, sizes_Q = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
         # From a row's place among all rows to its slot.
@@ -263,13 +271,14 @@ def add_outer(a_BPX: Tensor, b_BPY: Tensor, piece: Piece, total_EXY: Tensor) -> 
             torch.mm(a_BPX[index, own].mT, b_BPY[index, own], out=total_BXY[index])
 
 
-def empty_gradient(weight_EXY: Tensor, pieces: list[Piece]) -> Tensor:
-    """Return memory for the gradient of stacked weights, zeros for experts in no piece."""
-    busy = {piece.expert + index for piece in pieces for index in range(len(piece.spans))}
+def empty_gradient(weight_EXY: Tensor, busy: Collection[int]) -> Tensor:
+    """Return memory for the gradient of stacked weights, zeros for experts that are not busy."""
     idle = set(range(weight_EXY.shape[0])).difference(busy)
-    if 2 * len(idle) > weight_EXY.shape[0]:
+    if 2 * len(idle) > weight_EXY.shape[0] and weight_EXY.nbytes >= FRESH:
         return buffers.zeros(weight_EXY, weight_EXY.shape)
     gradient_EXY = buffers.empty(weight_EXY, weight_EXY.shape)
+    if len(idle) > len(busy):
+        return gradient_EXY.zero_()
     for expert in idle:
         gradient_EXY[expert].zero_()
     return gradient_EXY

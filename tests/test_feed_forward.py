@@ -3,6 +3,8 @@ import torch
 from tolerances import assert_near
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import ecomoe
 from ecomoe import experts as experts_module
@@ -10,6 +12,7 @@ from ecomoe.activations import ACTIVATIONS, ELEMENTWISE
 from ecomoe.dispatch import Plan, plan_dispatch
 from ecomoe.experts import ExpertLinear, FFNExperts
 from ecomoe.feed_forward import feed_forward
+from ecomoe.few_slots import FEW_IN_16_BITS, FEW_OF_EXPERT, are_few
 
 # (D, H, F, slots of each expert): pieces of their own size, windows, several pieces an expert, an
 # expert without slots in the middle of a piece, few slots on multiples of 16 bytes.
@@ -20,6 +23,7 @@ SIZES = [
     (3, 4, 2, [0, 2500, 100]),
     (4, 3, 4, [20, 20, 0, 20, 20, 20, 20, 20]),
     (4, 8, 4, [5, 0, 7]),
+    (8, 16, 8, [0, 1, 0, 0, 1, 0, 2, 0, 0, 0]),
 ]
 NAMES = ("x", "gates", "up", "up bias", "down", "down bias")
 
@@ -70,16 +74,21 @@ def one_by_one(x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan,
     return y_NF
 
 
+# The same, with and without the operator that tracers see.
+WAYS = {"untraced": feed_forward, "operator": torch.ops.ecomoe.feed_forward}
+
+
 class TestAgainstSingleExperts:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("top_k", [None, 1, 2])
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("bias", [False, True, "up", "down"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_values_and_gradients(self, size, top_k, gated, bias, dtype):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_values_and_gradients(self, size, top_k, gated, bias, dtype, way):
         inputs, plan = operands(size, top_k=top_k, gated=gated, bias=bias, dtype=dtype)
         wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
-        y_NF, _ = feed_forward(*inputs, *plan, "silu", True)
+        y_NF, _ = WAYS[way](*inputs, *plan, "silu", True)
         expected = one_by_one(*wide, plan, "silu")
         assert y_NF.dtype == dtype
         assert_near(y_NF, expected, dtype)
@@ -94,13 +103,14 @@ class TestAgainstSingleExperts:
     @pytest.mark.parametrize("activation", sorted(ELEMENTWISE))
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("top_k", [None, 2])
-    def test_activations_to_the_second_derivative(self, activation, gated, top_k):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_activations_to_the_second_derivative(self, activation, gated, top_k, way):
         inputs, plan = operands(SIZES[0], gated=gated, top_k=top_k)
 
         def function(*tensors):
             tensors = iter(tensors)
             full = [None if t is None else next(tensors) for t in inputs]
-            return feed_forward(*full, *plan, activation, True)[0]
+            return WAYS[way](*full, *plan, activation, True)[0]
 
         given = [t for t in inputs if t is not None]
         assert torch.autograd.gradcheck(function, given)
@@ -131,8 +141,10 @@ class TestAgainstSingleExperts:
 
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("top_k", [None, 2])
-    def test_what_the_compiler_is_told(self, gated, top_k):
-        inputs, plan = operands(SIZES[2], gated=gated, top_k=top_k, dtype=torch.float32)
+    @pytest.mark.parametrize("size", [SIZES[2], SIZES[5], SIZES[6]])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_the_compiler_is_told(self, gated, top_k, size, dtype):
+        inputs, plan = operands(size, gated=gated, top_k=top_k, dtype=dtype)
         inputs = [None if t is None else t.detach() for t in inputs]
         for keep in (False, True):
             torch.library.opcheck(
@@ -149,6 +161,109 @@ class TestAgainstSingleExperts:
                 (y_NF, *operators, *plan, "gelu", has_biases),
                 test_utils=("test_schema", "test_faketensor"),
             )
+
+
+class TestFewSlots:
+    """Of few slots none is padded, and experts without slots are not read."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("extra", [0, 2])
+    def test_as_many_rows_are_kept_as_there_are_slots(self, dtype, extra):
+        few = 3 * FEW_OF_EXPERT if dtype.itemsize > 2 else FEW_IN_16_BITS
+        counts = [0, few + extra, 0]
+        inputs, plan = operands((4, 3, 4, counts), dtype=dtype)
+        assert are_few(few, 3, dtype)
+        assert not are_few(few + 1, 3, dtype)
+        _, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
+        assert (pre_RG.shape[0] == few + extra) == (extra == 0)
+
+    @pytest.mark.parametrize("counts", [[0, 2, 0, 0, 0, 0, 0, 0, 0], [1, 3, 1, 2, 0, 1]])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("sizes", [(8, 16, 8), (3, 5, 3)])
+    def test_broken_weights_of_idle_experts_are_nobody_s(self, counts, dtype, sizes):
+        inputs, plan = operands((*sizes, counts), dtype=dtype)
+        idle = torch.tensor(counts) == 0
+        with torch.no_grad():
+            for tensor in inputs[2:]:
+                tensor[idle] = torch.nan
+        y_NF, _ = feed_forward(*inputs, *plan, "gelu", True)
+        y_NF.sum().backward()
+        assert y_NF.isfinite().all()
+        for name, tensor in zip(NAMES, inputs, strict=True):
+            assert tensor.grad.isfinite().all(), name
+        for name, tensor in zip(NAMES[2:], inputs[2:], strict=True):
+            assert not tensor.grad[idle].any(), name
+            assert tensor.grad[~idle].flatten(1).any(1).all(), name
+
+    @pytest.mark.parametrize("counts", [[0, 1, 1, 0, 0, 0, 0, 0, 0], [3, 1, 2]])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_broken_token_stays_with_its_expert(self, counts, dtype):
+        inputs, plan = operands((8, 16, 8, counts), top_k=None, dtype=dtype)
+        with torch.no_grad():
+            inputs[0][-1] = torch.nan
+        y_NF, _ = feed_forward(*inputs, *plan, "gelu", True)
+        assert y_NF.isnan().any(1).nonzero().flatten().tolist() == [sum(counts) - 1]
+        y_NF.nansum().backward()
+        own = max(expert for expert, count in enumerate(counts) if count)
+        for tensor in inputs[2:]:
+            broken = ~tensor.grad.flatten(1).isfinite().all(1)
+            assert broken.nonzero().flatten().tolist() in ([own], [])
+
+    @pytest.mark.parametrize("layout", ["transposed", "strided"])
+    def test_weights_that_lie_otherwise_in_memory(self, layout):
+        inputs, plan = operands((8, 16, 8, [3, 1, 2]), dtype=torch.float32)
+        whole = [t.detach().clone().requires_grad_() for t in inputs]
+        with torch.no_grad():
+            for place in (2, 4):
+                weight = inputs[place].detach()
+                if layout == "transposed":
+                    weight = weight.mT.contiguous().mT
+                else:
+                    weight = torch.stack((weight, weight), dim=3)[..., 0]
+                inputs[place] = weight.requires_grad_()
+        results = []
+        for tensors in (inputs, whole):
+            y_NF, _ = feed_forward(*tensors, *plan, "gelu", True)
+            results.append([y_NF, *torch.autograd.grad(y_NF.square().sum(), tensors)])
+        for name, one, other in zip(("y", *NAMES), *results, strict=True):
+            assert_near(one, other, torch.float32, name=name)
+
+    def test_a_token_of_which_nothing_is_wanted(self):
+        inputs, plan = operands((4, 3, 4, [1, 0, 1]))
+        inputs[0] = inputs[0].detach()
+        y_NF, _ = feed_forward(*inputs, *plan, "gelu", True)
+        (2 * y_NF[:0]).sum().backward()
+        for name, tensor in zip(NAMES[1:], inputs[1:], strict=True):
+            assert not tensor.grad.any(), name
+
+
+def test_checkpointing_computes_the_same():
+    for size in (SIZES[2], SIZES[6]):
+        inputs, plan = operands(size)
+
+        def function(*tensors, plan=plan):
+            return feed_forward(*tensors, *plan, "gelu", True)[0]
+
+        plain = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+        y_NF = checkpoint(function, *inputs, use_reentrant=False)
+        for one, other in zip(torch.autograd.grad(y_NF.square().sum(), inputs), plain, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_who_looks_sees_one_operator():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    for size in (SIZES[2], SIZES[6]):
+        inputs, plan = operands(size)
+        seen = []
+        with Names():
+            feed_forward(*inputs, *plan, "gelu", True)[0].sum().backward()
+        own = [name for name in seen if name.startswith("ecomoe")]
+        assert own == ["ecomoe::feed_forward", "ecomoe::feed_forward_backward"]
+        assert not any("mm" in name for name in seen)
 
 
 def test_gates_of_experts_that_are_nearly_alike():

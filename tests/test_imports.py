@@ -21,7 +21,7 @@ LAYERS = [
     {"calibration", "device_cost"},
     {"costing"},
     {"closed_form", "dispatch", "grouped"},
-    {"losses"},
+    {"losses", "few_slots"},
     {"feed_forward"},
     {"routers.base"},
     {"routers.affine", "routers.cosine", "routers.hashed"},
