@@ -77,7 +77,7 @@ def _forward(
     return sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
 
 
-_feed_forward = torch.library.custom_op("ecomoe::feed_forward", _forward, mutates_args=())
+_feed_forward = torch.library.custom_op("ecomoe::sparse_feed_forward", _forward, mutates_args=())
 
 
 @_feed_forward.register_fake
@@ -170,7 +170,7 @@ def _backward(
 
 
 _feed_forward_backward = torch.library.custom_op(
-    "ecomoe::feed_forward_backward", _backward, mutates_args=()
+    "ecomoe::sparse_feed_forward_backward", _backward, mutates_args=()
 )
 
 

@@ -75,7 +75,7 @@ def one_by_one(x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan,
 
 
 # The same, with and without the operator that tracers see.
-WAYS = {"untraced": feed_forward, "operator": torch.ops.ecomoe.feed_forward}
+WAYS = {"untraced": feed_forward, "operator": torch.ops.ecomoe.sparse_feed_forward}
 
 
 class TestAgainstSingleExperts:
@@ -148,7 +148,7 @@ class TestAgainstSingleExperts:
         inputs = [None if t is None else t.detach() for t in inputs]
         for keep in (False, True):
             torch.library.opcheck(
-                torch.ops.ecomoe.feed_forward.default,
+                torch.ops.ecomoe.sparse_feed_forward.default,
                 (*inputs, *plan, "gelu", keep),
                 test_utils=("test_schema", "test_faketensor"),
             )
@@ -157,7 +157,7 @@ class TestAgainstSingleExperts:
         for has_biases in (False, True):
             operators = x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias_EF
             torch.library.opcheck(
-                torch.ops.ecomoe.feed_forward_backward.default,
+                torch.ops.ecomoe.sparse_feed_forward_backward.default,
                 (y_NF, *operators, *plan, "gelu", has_biases),
                 test_utils=("test_schema", "test_faketensor"),
             )
@@ -262,7 +262,7 @@ def test_who_looks_sees_one_operator():
         with Names():
             feed_forward(*inputs, *plan, "gelu", True)[0].sum().backward()
         own = [name for name in seen if name.startswith("ecomoe")]
-        assert own == ["ecomoe::feed_forward", "ecomoe::feed_forward_backward"]
+        assert own == ["ecomoe::sparse_feed_forward", "ecomoe::sparse_feed_forward_backward"]
         assert not any("mm" in name for name in seen)
 
 
