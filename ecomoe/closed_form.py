@@ -1,70 +1,91 @@
-"""A router's linear map and the means that its losses are made of, with closed-form gradients.
+"""A router's linear map and its losses, with gradients in closed form.
 
-The means keep the logits alone for their backward pass, which computes what else it needs again:
-all of them together keep one matrix. The gradients are written in operators that have gradients
-themselves, so that second derivatives are to be had.
+The losses' gradient is found along with their values, from the same softmax: the backward pass
+multiplies, and no more. Second derivatives are those of `ecomoe.losses`.
 
-Axes: N tokens, E experts, D input features.
+Axes: N tokens, E experts, K experts chosen for a token, D input features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecomoe import losses
+from ecomoe.losses import Affinity, Means, ShareReducer, Shares, Wanted
 from ecomoe.pieces import for_host
-from ecomoe.routing import without_autocast
+from ecomoe.routing import Routing, without_autocast
 
 # Scores of which several passes stay in the cache: 1 MiB in 32 bits.
 CACHED = 2**18
-# Of a mean over tokens, its own unit, one token has no more where there are no more tokens. Of the
-# eighth power, 2^112, fp32 can add up some thousands.
-MOST_UNITS = 2.0**14
 
 
-def routing_means(
-    logits_NE: Tensor, first_N: Tensor, temperature: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three means over tokens; all are NaN without tokens.
-
-    They are those of ``softmax(logits)``, ``(E,)``; of the same, but 0 for first choices, ``(E,)``,
-    without a gradient; and of the entropy of ``softmax(logits / T)``, nats.
-
-    Args:
-        logits_NE: The scores, which get the gradient.
-        first_N: The expert that each token chose first.
-        temperature: T, which gets none.
-    """
-    return _RoutingMeans.apply(logits_NE, first_N, temperature)  # type: ignore[no-any-return]
-
-
-def mean_powers(
-    logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, *, values_NE: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the means over tokens of ``softmax(logits) / unit`` and of its eighth power, ``(E,)``.
-
-    Both count 0 for tokens whose first choice is the expert.
+def routing_losses(
+    routing: Routing,
+    *,
+    temperature: Tensor,
+    wanted: Wanted,
+    weights: Mapping[str, float],
+    reduce: ShareReducer | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor | float]:
+    """Return the weighted sum of `ecomoe.losses.routing_terms`, these without a graph, the factor.
 
     Args:
-        logits_NE: The scores, which get the gradient.
-        unit_E: What probabilities are measured in, so that powers keep within fp32.
-        first_N: The expert that each token chose first.
-        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
+        routing: What the router decided.
+        temperature: T of ``routing.probs_NE``; it gets no gradient.
+        wanted: Which losses; one at least.
+        weights: Their weights by name.
+        reduce: As for `ecomoe.losses.routing_terms`.
     """
-    return _MeanPowers.apply(logits_NE, unit_E, first_N, values_NE)  # type: ignore[no-any-return]
+    logits_NE, ids_NK = routing.logits_NE, routing.expert_ids_NK
+    own_NE = logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
+    ranks = None if reduce is None else _Ranks(reduce)
+
+    def again(logits_NE: Tensor, own_NE: Tensor, ids_NK: Tensor, temperature: Tensor) -> Tensor:
+        terms, _ = losses.routing_terms(
+            logits_NE,
+            own_NE,
+            ids_NK,
+            temperature=temperature,
+            wanted=wanted,
+            reduce=None if ranks is None else ranks.replay(),
+        )
+        return losses.weigh(terms, weights)
+
+    with torch.no_grad(), without_autocast(logits_NE):
+        terms, factor, *gradients = _evaluate(routing, temperature, wanted, weights, ranks)
+        total = losses.weigh(terms, weights)
+    loss = _Known.apply(logits_NE, own_NE, ids_NK, temperature, total, *gradients, again)
+    return loss, terms, factor
 
 
-def balance(importance_E: Tensor, top1_E: Tensor, topk_E: Tensor) -> Tensor:
-    """Return `ecomoe.losses.balance_loss` of shares; the importance alone gets a gradient."""
-    return _Balance.apply(importance_E, top1_E, topk_E)  # type: ignore[no-any-return]
+class _Ranks:
+    """Reduces means over ranks, and can tell once more what came of it."""
 
+    def __init__(self, reduce: ShareReducer) -> None:
+        self.reduce = reduce
+        self.reduced: list[Shares | Affinity] = []
 
-def positive(share_E: Tensor) -> Tensor:
-    """Return shares that have a logarithm in fp32, also where they have underflowed."""
-    return share_E.clamp_min(torch.finfo(torch.float32).tiny)
+    def __call__(self, means: Means, num_tokens: int) -> tuple[Means, Tensor]:
+        """Return all ranks' means, and the factor on this one's losses."""
+        of_all, factor = self.reduce(means, num_tokens)
+        self.reduced.append(of_all)
+        return of_all, factor
+
+    def replay(self) -> ShareReducer:
+        """Return what gives the same values, with the gradient of this rank's own."""
+        known = iter(self.reduced)
+
+        def reduce(means: Means, num_tokens: int, /) -> tuple[Means, Tensor]:
+            pairs = zip(next(known), means, strict=True)
+            through = (all_E + (own_E - own_E.detach()) for all_E, own_E in pairs)
+            return type(means)(*through), means[0].new_ones(())
+
+        return reduce
 
 
 def linear_twice(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,141 +110,155 @@ def _blocks(logits_NE: Tensor, *, at_once: bool = False) -> list[slice]:
     return [slice(start, start + rows) for start in starts] if len(starts) > 1 else whole
 
 
-def _means_by_blocks(
-    means: Callable[..., tuple[Tensor, ...]], logits_NE: Tensor, *others: Tensor
-) -> tuple[Tensor, ...]:
-    """Return means over rows from what gives those of some rows of the logits and of others."""
+def _parts(tensor: Tensor, blocks: list[slice]) -> list[Tensor]:
+    return [tensor] if len(blocks) == 1 else [tensor[rows] for rows in blocks]
+
+
+def _mean(parts: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """Return the mean over the rows of all parts."""
+    if len(parts) == 1:
+        return parts[0].mean(0)
+    return torch.stack([part.sum(0) for part in parts]).sum(0) / num_tokens
+
+
+def _evaluate(
+    routing: Routing,
+    temperature: Tensor,
+    wanted: Wanted,
+    weights: Mapping[str, float],
+    ranks: _Ranks | None,
+) -> tuple[dict[str, Tensor], Tensor | float, Tensor, Tensor | None]:
+    """Return losses by name, the factor, and their weighted sum's two gradients.
+
+    The second is by the router's own scores, ``None`` where nobody starves.
+    """
+    logits_NE = routing.logits_NE
+    num_tokens = logits_NE.shape[0]
     blocks = _blocks(logits_NE)
-    if len(blocks) == 1:
-        return means(logits_NE, *others)
-    parts = []
-    for rows in blocks:
-        weight = len(logits_NE[rows]) / len(logits_NE)
-        parts.append([m * weight for m in means(logits_NE[rows], *(each[rows] for each in others))])
-    return tuple(torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    grad_NE = torch.empty_like(logits_NE) if wanted.entropy else torch.zeros_like(logits_NE)
+    own_grad_NE = None
+    slopes = _parts(grad_NE, blocks)
+    probs = [torch.softmax(part_NE, dim=-1) for part_NE in _parts(logits_NE, blocks)]
+    firsts = _parts(routing.expert_ids_NK[:, :1], blocks)
+    others = [p_NE.scatter(-1, f_N1, 0.0) for p_NE, f_N1 in zip(probs, firsts, strict=True)]
+    hard = losses.assignment_shares(logits_NE, routing.expert_ids_NK)
+    own = Shares(_mean(probs, num_tokens), *hard, _mean(others, num_tokens))
+    shares, factor = losses.over_ranks(ranks, own, num_tokens)
+    terms = {}
+    if wanted.entropy:
+        cool = _parts(routing.probs_NE, blocks)
+        weight = weights["entropy"] / temperature.to(logits_NE.dtype)
+        terms["entropy"] = _entropy(slopes, cool, weight=weight)
+    if wanted.balance:
+        terms["balance"] = losses.balance_loss(shares)
+        _add_balance(slopes, probs, shares, weight=weights["balance"])
+    if wanted.floor > 0:
+        # Known where there are no other ranks, which would wait for this one.
+        if ranks is None and losses.is_none_starving(shares, floor=wanted.floor):
+            terms["starvation"] = logits_NE.new_zeros(())
+        else:
+            own_grad_NE = torch.empty_like(logits_NE)
+            loss = _starvation(
+                _parts(own_grad_NE, blocks),
+                probs,
+                others,
+                own.others_E,
+                shares,
+                floor=wanted.floor,
+                weight=weights["starvation"] * wanted.sustain,
+                ranks=ranks,
+            )
+            terms["starvation"] = loss * wanted.sustain
+    return terms, factor, grad_NE, own_grad_NE
 
 
-def _by_blocks(
-    gradient: Callable[..., Tensor], logits_NE: Tensor, *others: Tensor, at_once: bool
+def _add_balance(
+    slopes: list[Tensor], probs: list[Tensor], shares: Shares, *, weight: float
+) -> None:
+    """Add the gradient of `losses.balance_loss` by the logits to ``slopes``."""
+    importance_E, top1_E, topk_E, _ = shares
+    num_tokens, num_experts = _size(probs)
+    slope_E = losses.positive(importance_E * num_experts).log_()
+    slope_E.add_(top1_E + topk_E, alpha=num_experts).mul_(weight / max(num_tokens, 1))
+    for grad_NE, probs_NE in zip(slopes, probs, strict=True):
+        mean_N1 = probs_NE.mv(slope_E).unsqueeze(1)
+        grad_NE.addcmul_(probs_NE, slope_E - mean_N1)
+
+
+def _starvation(
+    slopes: list[Tensor],
+    probs: list[Tensor],
+    others: list[Tensor],
+    others_E: Tensor,
+    shares: Shares,
+    *,
+    floor: float,
+    weight: Tensor | float,
+    ranks: _Ranks | None,
 ) -> Tensor:
-    """Return a function of the rows of the logits, and of others' rows."""
-    blocks = _blocks(logits_NE, at_once=at_once)
-    if len(blocks) == 1:
-        return gradient(logits_NE, *others)
-    out_NE = torch.empty_like(logits_NE)
-    for rows in blocks:
-        out_NE[rows] = gradient(logits_NE[rows], *(each[rows] for each in others))
-    return out_NE
+    """Return `losses.starvation_loss`; write its gradient to ``slopes``, and over ``others``."""
+    num_tokens, _ = _size(probs)
+    unit_E = losses.positive(shares.others_E)
+    eighths = []
+    for units_NE in others:
+        units_NE.div_(unit_E)
+        eighth_NE = units_NE.clamp_max(losses.MOST_UNITS)
+        for _ in range(3):
+            eighth_NE.mul_(eighth_NE)
+        eighths.append(eighth_NE)
+    own = Affinity(others_E / unit_E, _mean(eighths, num_tokens))
+    affinity, _ = losses.over_ranks(ranks, own, num_tokens)
+    mean_E, eighth_E = affinity
+    want_E = losses.starvation(shares, floor=floor)
+    pull_E = want_E * (-weight / max(num_tokens, 1))
+    by_mean_E = torch.where(mean_E < losses.LEAST_MEAN, 0.0, pull_E * want_E / mean_E)
+    by_eighth_E = pull_E * (1.0 - want_E) / eighth_E
+    by_eighth_E = torch.where(eighth_E < losses.LEAST_EIGHTH, 0.0, by_eighth_E)
+    for grad_NE, probs_NE, units_NE, eighth_NE in zip(slopes, probs, others, eighths, strict=True):
+        pull_NE = units_NE.mul_(by_mean_E).addcmul_(eighth_NE, by_eighth_E)
+        sum_N1 = pull_NE.sum(-1, keepdim=True)
+        torch.addcmul(pull_NE, probs_NE, sum_N1, value=-1.0, out=grad_NE)
+    return losses.starvation_loss(shares, affinity, floor=floor)
 
 
-class _RoutingMeans(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        logits_NE: Tensor, first_N: Tensor, temperature: Tensor | float
-    ) -> tuple[Tensor, ...]:
-        def means(logits_NE: Tensor, first_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            probs_NE = torch.softmax(logits_NE, dim=-1)
-            importance_E = probs_NE.mean(0)
-            others_NE = probs_NE.scatter(-1, first_N.unsqueeze(-1), 0.0)
-            log_probs_NE = torch.log_softmax(logits_NE / temperature, dim=-1)
-            entropy_N = -(log_probs_NE.exp() * log_probs_NE).sum(-1)
-            return importance_E, others_NE.mean(0), entropy_N.mean()
-
-        return _means_by_blocks(means, logits_NE, first_N)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        logits_NE, _, temperature = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.is_tensor = isinstance(temperature, Tensor)
-        ctx.temperature = None if ctx.is_tensor else temperature
-        ctx.save_for_backward(logits_NE, *([temperature] if ctx.is_tensor else []))
-
-    @staticmethod
-    def backward(ctx, grad_E: Tensor, _: None, grad: Tensor):  # type: ignore[no-untyped-def]
-        logits_NE, *rest = ctx.saved_tensors
-        temperature = rest[0] if rest else ctx.temperature
-        slope_E = grad_E / logits_NE.shape[0]
-        scale = -grad / logits_NE.shape[0] / temperature  # T may be fp32 where the rest is fp64
-
-        def gradient(logits_NE: Tensor) -> Tensor:
-            probs_NE = torch.softmax(logits_NE, dim=-1)
-            own_NE = probs_NE * (slope_E - (probs_NE * slope_E).sum(-1, keepdim=True))
-            cool_NE = logits_NE / temperature
-            probs_NE = torch.softmax(cool_NE, dim=-1)
-            # log p less its mean, of which the normaliser is no part.
-            apart_NE = cool_NE - (probs_NE * cool_NE).sum(-1, keepdim=True)
-            return torch.addcmul(own_NE, probs_NE * scale, apart_NE)
-
-        return _by_blocks(gradient, logits_NE, at_once=torch.is_grad_enabled()), None, None
+def _entropy(slopes: list[Tensor], probs: list[Tensor], *, weight: Tensor) -> Tensor:
+    """Return `losses.entropy_loss` of ``softmax(logits / T)``; write its gradient to ``slopes``."""
+    num_tokens, num_experts = _size(probs)
+    tiny = torch.finfo(probs[0].dtype).tiny
+    scale = weight / max(num_tokens, 1)
+    means = []
+    for grad_NE, probs_NE in zip(slopes, probs, strict=True):
+        product_NE = probs_NE.clamp_min(tiny).log_().mul_(probs_NE)
+        mean_N1 = product_NE.sum(-1, keepdim=True)  # of log p
+        apart_NE = torch.addcmul(product_NE, probs_NE, mean_N1, value=-1.0, out=grad_NE)
+        apart_NE.mul_(scale)
+        means.append(mean_N1)
+    return math.log(num_experts) + _mean(means, num_tokens)[0]
 
 
-class _MeanPowers(torch.autograd.Function):
-    generate_vmap_rule = True
+def _size(parts: list[Tensor]) -> tuple[int, int]:
+    return sum(len(part) for part in parts), parts[0].shape[1]
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known; ``again`` computes it where second ones are asked for."""
 
     @staticmethod
-    def forward(
-        logits_NE: Tensor, unit_E: Tensor, first_N: Tensor, values_NE: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        def powers(logits_NE: Tensor, first_N: Tensor) -> tuple[Tensor, Tensor]:
-            units_NE = _units(torch.softmax(logits_NE, dim=-1), unit_E, first_N)
-            return units_NE.mean(0), _eighth_power(units_NE).mean(0)
-
-        return _means_by_blocks(powers, logits_NE, first_N)
+    def forward(ctx, logits_NE, own_NE, ids_NK, temperature, total, grad_NE, own_grad_NE, again):  # type: ignore[no-untyped-def]
+        ctx.again = again
+        ctx.save_for_backward(logits_NE, own_NE, ids_NK, temperature, grad_NE, own_grad_NE)
+        return total.view_as(total)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        logits_NE, unit_E, first_N, values_NE = inputs
-        ctx.save_for_backward(logits_NE if values_NE is None else values_NE, unit_E, first_N)
-
-    @staticmethod
-    def backward(ctx, grad_E: Tensor, grad_eighth_E: Tensor):  # type: ignore[no-untyped-def]
-        logits_NE, unit_E, first_N = ctx.saved_tensors
-        slope_E = grad_E / logits_NE.shape[0]
-        eighth_E = 8.0 * grad_eighth_E / logits_NE.shape[0]
-
-        def gradient(logits_NE: Tensor, first_N: Tensor) -> Tensor:
-            probs_NE = torch.softmax(logits_NE, dim=-1)
-            units_NE = _units(probs_NE, unit_E, first_N)
-            pull_NE = torch.addcmul(units_NE * slope_E, _eighth_power(units_NE), eighth_E)
-            return torch.addcmul(pull_NE, probs_NE, pull_NE.sum(-1, keepdim=True), value=-1.0)
-
-        at_once = torch.is_grad_enabled()
-        return _by_blocks(gradient, logits_NE, first_N, at_once=at_once), None, None, None
-
-
-def _units(probs_NE: Tensor, unit_E: Tensor, first_N: Tensor) -> Tensor:
-    return (probs_NE / unit_E).scatter(-1, first_N.unsqueeze(-1), 0.0)
-
-
-def _eighth_power(units_NE: Tensor) -> Tensor:
-    # Far above the unit tokens count alike, and powers stay finite in fp32. The gradient does not
-    # end there: it would be that of tokens which hardly count.
-    return units_NE.clamp_max(MOST_UNITS).square().square().square()
-
-
-class _Balance(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(importance_E: Tensor, top1_E: Tensor, topk_E: Tensor) -> Tensor:
-        num_experts = importance_E.numel()
-        kl = importance_E.dot(positive(importance_E * num_experts).log())
-        squares = top1_E.dot(top1_E) + topk_E.dot(topk_E)
-        return kl + (squares * (num_experts / 2) - 1.0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        importance_E, top1_E, topk_E = ctx.saved_tensors
-        num_experts = importance_E.numel()
-        slope_E = positive(importance_E * num_experts).log() + 1.0
-        return grad * slope_E.add(top1_E + topk_E, alpha=num_experts), None, None
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        *operands, grad_NE, own_grad_NE = ctx.saved_tensors
+        gradients = [grad_NE, own_grad_NE]
+        if torch.is_grad_enabled():  # by create_graph=True
+            wanted = [operand for operand in operands[:2] if operand.requires_grad]
+            total = ctx.again(*operands)
+            found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
+            gradients = [next(found) if t.requires_grad else None for t in operands[:2]]
+        return *(None if grad is None else slope * grad for grad in gradients), *(None,) * 6
 
 
 class _LinearTwice(torch.autograd.Function):

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ecomoe.dispatch import Plan, plan_dispatch, scatter_to_experts, unsort_slots
 from ecomoe.experts import ExpertLinear, Experts, FFNExperts, HeadExperts
-from ecomoe.moe import EcoMoE, Means
+from ecomoe.losses import Means
+from ecomoe.moe import EcoMoE
 
 # --- expert parallelism -------------------------------------------------------------------------
 

@@ -9,15 +9,21 @@ Axes: N tokens, E experts, K experts chosen for a token (top-k), D features.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecomoe.closed_form import balance, mean_powers, positive, routing_means
 from ecomoe.pieces import are_operators_seen, for_host
 from ecomoe.routing import without_autocast
+
+# Of a mean over tokens, its own unit, one token has no more where there are no more tokens. Of the
+# eighth power, 2^112, fp32 can add up some thousands; far above the unit tokens count alike.
+MOST_UNITS = 2.0**14
+# Below these only where probabilities underflow: there, a loss scaler would have 1/m overflow.
+LEAST_MEAN, LEAST_EIGHTH = 2.0**-8, 2.0**-64
 
 
 class Shares(NamedTuple):
@@ -47,26 +53,24 @@ def expert_shares(expert_ids: Tensor, *, num_experts: int, dtype: torch.dtype) -
 
 
 def routing_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> Shares:
-    """Return soft importance and hard assignment shares of a batch; see `shares_and_entropy`."""
-    return shares_and_entropy(logits_NE, expert_ids_NK)[0]
-
-
-def shares_and_entropy(
-    logits_NE: Tensor, expert_ids_NK: Tensor, *, temperature: Tensor | float = 1.0
-) -> tuple[Shares, Tensor]:
-    """Return a batch's shares, and its tokens' mean entropy of ``softmax(logits / T)``, nats.
+    """Return soft importance and hard assignment shares of a batch; NaN and 0 without tokens.
 
     The importance is taken at temperature 1 on purpose: at a high T ``softmax(logits / T)`` looks
     uniform while its argmax is concentrated, and a balance loss would see nothing to mend.
     """
-    importance_E, others_E, entropy = routing_means(logits_NE, expert_ids_NK[:, 0], temperature)
+    probs_NE = torch.softmax(logits_NE, dim=-1)
+    others_NE = probs_NE.detach().scatter(-1, expert_ids_NK[:, :1], 0.0)
+    top1_E, topk_E = assignment_shares(logits_NE, expert_ids_NK)
+    return Shares(probs_NE.mean(0), top1_E, topk_E, others_NE.mean(0))
+
+
+def assignment_shares(logits_NE: Tensor, expert_ids_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each expert's share of first choices and of slots, ``(E,)``; 0 without tokens."""
     num_tokens, top_k = expert_ids_NK.shape
     one_KN = logits_NE.new_ones(()).expand(top_k, num_tokens)
     counts_KE = logits_NE.new_zeros(top_k, logits_NE.shape[-1])
     counts_KE = counts_KE.scatter_add(1, expert_ids_NK.mT, one_KN)
-    top1_E = counts_KE[0] / max(num_tokens, 1)
-    topk_E = counts_KE.sum(0) / max(num_tokens * top_k, 1)
-    return Shares(importance_E, top1_E, topk_E, others_E), entropy
+    return counts_KE[0] / max(num_tokens, 1), counts_KE.sum(0) / max(num_tokens * top_k, 1)
 
 
 def balance_loss(shares: Shares) -> Tensor:
@@ -78,7 +82,14 @@ def balance_loss(shares: Shares) -> Tensor:
     (straight-through): ``dCV^2 = 2 E sum(share * d importance)``, twice the Switch Transformer's
     ``E sum(f P)`` (equation 4 there). Both bases are in it because the taxonomy counts both.
     """
-    return balance(shares.importance_E, shares.top1_E, shares.topk_E)
+    importance_E, top1_E, topk_E, _ = shares
+    num_experts = importance_E.numel()
+    kl = importance_E.dot(positive(importance_E * num_experts).log())
+    squares = top1_E.dot(top1_E) + topk_E.dot(topk_E)
+    loss = kl + (squares * (num_experts / 2) - 1.0)
+    if not importance_E.requires_grad:
+        return loss
+    return loss + num_experts * (top1_E + topk_E).dot(importance_E - importance_E.detach())
 
 
 class Affinity(NamedTuple):
@@ -96,13 +107,7 @@ class Affinity(NamedTuple):
     eighth_E: Tensor
 
 
-def affinity(
-    logits_NE: Tensor,
-    expert_ids_NK: Tensor,
-    shares: Shares,
-    *,
-    values_NE: Tensor | None = None,
-) -> Affinity:
+def affinity(logits_NE: Tensor, expert_ids_NK: Tensor, shares: Shares) -> Affinity:
     """Return what `starvation_loss` raises: other experts' tokens' inclination to each expert.
 
     It is measured in units of its own mean: so the mean of the eighth power is 1/N or more, and
@@ -112,10 +117,12 @@ def affinity(
         logits_NE: Router scores, which get the gradient.
         expert_ids_NK: The chosen experts, best first.
         shares: How the tokens, or all ranks' tokens, are spread.
-        values_NE: A tensor of the same values that is kept in any case, to be kept in place of it.
     """
-    unit_E = positive(shares.others_E)
-    return Affinity(*mean_powers(logits_NE, unit_E, expert_ids_NK[:, 0], values_NE=values_NE))
+    units_NE = torch.softmax(logits_NE, dim=-1) / positive(shares.others_E)
+    units_NE = units_NE.scatter(-1, expert_ids_NK[:, :1], 0.0)
+    # The gradient does not end there: it would be that of tokens which hardly count.
+    capped_NE = units_NE * (MOST_UNITS / units_NE.detach()).clamp_max(1.0)
+    return Affinity(units_NE.mean(0), capped_NE.square().square().square().mean(0))
 
 
 def starvation(shares: Shares, *, floor: float) -> Tensor:
@@ -140,6 +147,11 @@ def is_none_starving(shares: Shares, *, floor: float) -> bool:
     return not starvation(shares, floor=floor).any()
 
 
+def positive(share_E: Tensor) -> Tensor:
+    """Return shares that have a logarithm in fp32, also where they have underflowed."""
+    return share_E.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tensor:
     """Return ``-sum(w ((1 - w) log m8 + w log m1))``, nats; w: how far below the floor one is.
 
@@ -157,10 +169,8 @@ def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tens
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
     want_E = starvation(shares, floor=floor)
-    # Below the bounds only where probabilities underflow: there, a loss scaler would have 1/m
-    # overflow.
-    log_m1_E = affinity.mean_E.clamp_min(2.0**-8).log()
-    log_m8_E = affinity.eighth_E.clamp_min(2.0**-64).log() / 8
+    log_m1_E = affinity.mean_E.clamp_min(LEAST_MEAN).log()
+    log_m8_E = affinity.eighth_E.clamp_min(LEAST_EIGHTH).log() / 8
     log_mean_E = positive(shares.others_E).log() + torch.lerp(log_m8_E, log_m1_E, want_E)
     return -want_E.dot(log_mean_E)
 
@@ -171,22 +181,97 @@ def token_entropy(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Te
     return -(log_probs_NE.exp() * log_probs_NE).sum(-1)
 
 
-def entropy_loss(
-    logits_NE: Tensor, *, temperature: Tensor | float = 1.0, entropy: Tensor | None = None
-) -> Tensor:
+def entropy_loss(logits_NE: Tensor, *, temperature: Tensor | float = 1.0) -> Tensor:
     """Return how far the mean token entropy is below its maximum, ``log E - H``, nats, >= 0.
 
     The gradient is that of ``-H``: minimising it keeps the router undecided (section 3.2 of the E
     paper, where its weight is H).
+    """
+    entropy_N = token_entropy(logits_NE, temperature=temperature)
+    return math.log(logits_NE.shape[-1]) - entropy_N.mean()
+
+
+class Wanted(NamedTuple):
+    """Which losses of a routing there are to be; see `routing_terms`.
+
+    Attributes:
+        balance: Whether there is a `balance_loss`.
+        entropy: Whether there is an `entropy_loss`.
+        floor: Share of uniform usage below which an expert starves; 0 for no `starvation_loss`.
+        sustain: Share of its full weight that this one has.
+    """
+
+    balance: bool
+    entropy: bool
+    floor: float
+    sustain: Tensor | float
+
+
+Means = TypeVar("Means", Shares, Affinity)
+
+
+class ShareReducer(Protocol):
+    """What is called with means over a rank's tokens; see `ecomoe.distributed.reduce_losses`."""
+
+    def __call__(self, means: Means, num_tokens: int, /) -> tuple[Means, Tensor]:
+        """Return those over all ranks' tokens, and the factor on the rank's auxiliary losses."""
+
+
+def over_ranks(
+    reduce: ShareReducer | None, means: Means, num_tokens: int
+) -> tuple[Means, Tensor | float]:
+    """Return all ranks' means, and the factor on this one's losses, in the means' precision."""
+    if reduce is None:
+        return means, 1.0
+    reduced, factor = reduce(means, num_tokens)
+    dtype = means[0].dtype
+    return type(means)(*(each.to(dtype) for each in reduced)), factor.to(dtype)
+
+
+def routing_terms(
+    logits_NE: Tensor,
+    own_NE: Tensor,
+    expert_ids_NK: Tensor,
+    *,
+    temperature: Tensor,
+    wanted: Wanted,
+    reduce: ShareReducer | None = None,
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Return a routing's losses by name, before their weights, and the factor on them all.
+
+    `ecomoe.closed_form.routing_losses` computes the same at a fraction of the cost.
 
     Args:
         logits_NE: Router scores.
-        temperature: T of the softmax.
-        entropy: The mean, where it is known; see `shares_and_entropy`.
+        own_NE: The same that get the gradient of the starvation loss, which stays in the router: a
+            pull towards starving experts must not bend the tokens' features, which are to serve
+            the task.
+        expert_ids_NK: The chosen experts, best first.
+        temperature: T of the entropy.
+        wanted: Which losses.
+        reduce: Makes means over this rank's tokens those over all ranks'.
     """
-    if entropy is None:
-        entropy = token_entropy(logits_NE, temperature=temperature).mean()
-    return math.log(logits_NE.shape[-1]) - entropy
+    shares, factor = over_ranks(reduce, routing_shares(logits_NE, expert_ids_NK), len(logits_NE))
+    terms = {}
+    if wanted.balance:
+        terms["balance"] = balance_loss(shares)
+    if wanted.floor > 0:
+        own = affinity(own_NE, expert_ids_NK, shares)
+        all_ranks, _ = over_ranks(reduce, own, len(logits_NE))
+        loss = starvation_loss(shares, all_ranks, floor=wanted.floor)
+        terms["starvation"] = loss * wanted.sustain
+    if wanted.entropy:
+        terms["entropy"] = entropy_loss(logits_NE, temperature=temperature)
+    return terms, factor
+
+
+def weigh(terms: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Return the weighted sum of losses, of which there is one at least."""
+    (first, term), *others = terms.items()
+    total = weights[first] * term
+    for name, term in others:
+        total = torch.add(total, term, alpha=weights[name])
+    return total
 
 
 def oracle_loss(logits_NE: Tensor, teacher_NE: Tensor) -> Tensor:

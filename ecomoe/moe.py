@@ -7,7 +7,7 @@ expert, M probe tokens, F output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,11 @@ from ecomoe.experts import (
     HeadExperts,
     autocast_dtype,
 )
-from ecomoe.oracle import Oracle, choose_oracle, imitation_loss
+from ecomoe.losses import ShareReducer, Wanted
+from ecomoe.objective import other_terms, routing_losses
+from ecomoe.oracle import Oracle, choose_oracle
 from ecomoe.routers import build_router, keep_wide
 from ecomoe.routing import Routing
-
-Means = TypeVar("Means", losses.Shares, losses.Affinity)
-
-
-class ShareReducer(Protocol):
-    """What is called with means over a rank's tokens; see `ecomoe.distributed.reduce_losses`."""
-
-    def __call__(self, means: Means, num_tokens: int, /) -> tuple[Means, Tensor]:
-        """Return those over all ranks' tokens, and the factor on the rank's auxiliary losses."""
-
 
 # Measured (docs/evidence.md). It is no trade-off: where no expert starves, the loss is 0.
 STARVATION_WEIGHT = 0.04
@@ -340,7 +332,7 @@ class EcoMoE(nn.Module):
             if self.divergence_weight > 0:
                 y_SF = self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan)
                 y_NKF = unsort_slots(y_SF, plan, top_k=self.top_k)
-            weights_NK = self._leave_losses(x_ND, routing, y_NKF, targets)
+            weights_NK = self._leave_losses(x_ND, routing, temperature, y_NKF, targets)
         elif self.training:
             self.auxiliary.settle()
         y_NF = self._mixture(x_ND, y_SF, weights_NK, plan).to(x.dtype)
@@ -374,34 +366,39 @@ class EcoMoE(nn.Module):
         return combine(y_SF, weights_NK, plan)
 
     def _leave_losses(
-        self, x_ND: Tensor, routing: Routing, y_NKF: Tensor | None, targets: Tensor | None
+        self,
+        x_ND: Tensor,
+        routing: Routing,
+        temperature: Tensor,
+        y_NKF: Tensor | None,
+        targets: Tensor | None,
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
-        shares, entropy = losses.shares_and_entropy(
-            routing.logits_NE, routing.expert_ids_NK, temperature=self.temperature.clone()
+        weights = self.term_weights()
+        loss, terms, share_of_ranks = self._routing_losses(routing, temperature, weights)
+        others = other_terms(
+            weights,
+            x_ND=x_ND,
+            routing=routing,
+            y_NKF=y_NKF,
+            targets=targets,
+            oracle=self.oracle,
+            experts=self.experts,
+            dense=self.dense,
+            prototypes_ED=self.prototypes,
         )
-        share_of_ranks: Tensor | float = 1.0
-        if self.reduce_shares is not None:
-            shares, share_of_ranks = self._over_ranks(shares, x_ND.shape[0])
-        # Without tokens too: other ranks wait for this one, and DDP for each parameter's gradient.
-        affinity = None
-        known = self.reduce_shares is None  # else ranks wait for each other
-        if self.sustained and not (
-            known and losses.is_none_starving(shares, floor=self.usage_floor)
-        ):
-            own_NE = routing.logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
-            affinity = losses.affinity(
-                own_NE, routing.expert_ids_NK, shares, values_NE=routing.logits_NE
-            )
-            if self.reduce_shares is not None:
-                affinity, _ = self._over_ranks(affinity, x_ND.shape[0])
-        terms = self.auxiliary_terms(x_ND, routing, y_NKF, targets, shares, affinity, entropy)
-        if not terms:
+        for name, term in others.items():
+            part = term * weights[name]
+            loss = part if loss is None else loss + part
+            terms[name] = term.detach()
+        if loss is None:
             return routing.weights_NK
-        loss = self._weigh(terms) * share_of_ranks
+        if self.reduce_shares is not None:
+            loss = loss * share_of_ranks
         if x_ND.shape[0] > 0:
-            self.auxiliary.terms = {name: term.detach() for name, term in terms.items()}
+            self.auxiliary.terms = terms
         else:
+            # Without tokens too: DDP waits for each parameter's gradient.
             loss = loss.nan_to_num() * 0.0
         weights_NK = routing.weights_NK
         if self.prototypes is not None:
@@ -409,67 +406,29 @@ class EcoMoE(nn.Module):
             weights_NK = weights_NK + 0.0 * self.prototypes.sum()
         return self.auxiliary.leave(weights_NK, loss)
 
-    def _over_ranks(self, means: Means, num_tokens: int) -> tuple[Means, Tensor]:
-        """Return all ranks' means, and the factor on this one's losses, in the means' precision."""
-        assert self.reduce_shares is not None
-        reduced, factor = self.reduce_shares(means, num_tokens)
-        dtype = means[0].dtype
-        return type(means)(*(each.to(dtype) for each in reduced)), factor.to(dtype)
-
-    def auxiliary_terms(
-        self,
-        x_ND: Tensor,
-        routing: Routing,
-        y_NKF: Tensor | None,
-        targets: Tensor | None,
-        shares: losses.Shares,
-        affinity: losses.Affinity | None,
-        entropy: Tensor,
-    ) -> dict[str, Tensor]:
-        """Return the auxiliary losses of a call by name, scalars before their weights.
-
-        A loss whose weight is 0 is not computed. ``shares`` are those that the balance loss
-        balances: of this call's tokens, or of all data-parallel ranks'. ``affinity`` is these
-        tokens' `losses.affinity`, ``None`` where no expert starves; its gradient stays in the
-        router: a pull towards starving experts must not bend the tokens' features, which are to
-        serve the task. ``entropy`` is their mean.
-        """
-        logits_NE, expert_ids_NK = routing.logits_NE, routing.expert_ids_NK
-        control = self.control
-        terms = {}
-        if control.balance_weight > 0 and self.strength > 0:
-            terms["balance"] = losses.balance_loss(shares)
-            if affinity is not None:
-                starvation = losses.starvation_loss(shares, affinity, floor=self.usage_floor)
-                terms["starvation"] = starvation * self._sustain(starvation.dtype)
-            elif self.usage_floor > 0:
-                terms["starvation"] = torch.zeros_like(terms["balance"])
-        if control.entropy_weight > 0 and self.strength > 0:
-            terms["entropy"] = losses.entropy_loss(logits_NE, entropy=entropy)
-        if control.oracle_weight > 0 and self.strength > 0:
-            assert self.oracle is not None
-            terms["oracle"] = imitation_loss(
-                self.oracle,
-                x_ND,
-                logits_NE,
-                experts=self.experts,
-                dense=self.dense,
-                prototypes_ED=self.prototypes,
-                targets=targets,
+    def _routing_losses(
+        self, routing: Routing, temperature: Tensor, weights: dict[str, float]
+    ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | float]:
+        """Return the weighted sum of balance, starvation and entropy, each of them, the factor."""
+        wanted = Wanted(
+            balance=weights["balance"] > 0,
+            entropy=weights["entropy"] > 0,
+            floor=self.usage_floor if self.sustained else 0.0,
+            sustain=self._sustain(routing.logits_NE.dtype) if self.sustained else 1.0,
+        )
+        if wanted.balance or wanted.entropy:
+            return routing_losses(
+                routing,
+                temperature=temperature,
+                wanted=wanted,
+                weights=weights,
+                reduce=self.reduce_shares,
             )
-        if self.prototypes is not None:
-            wide_ND = x_ND.to(self.prototypes.dtype)
-            terms["prototype"] = losses.prototype_loss(wide_ND, self.prototypes, expert_ids_NK)
-        if self.ortho_weight > 0:
-            assert self.prototypes is not None
-            terms["ortho"] = losses.orthogonality_loss(self.prototypes)
-        if self.divergence_weight > 0:
-            assert y_NKF is not None
-            terms["divergence"] = losses.divergence_loss(y_NKF.to(logits_NE.dtype))
-        if self.z_weight > 0:
-            offset_N1 = routing.offset_N1
-            terms["z"] = losses.z_loss(logits_NE if offset_N1 is None else logits_NE + offset_N1)
-        return terms
+        factor: Tensor | float = 1.0
+        if self.reduce_shares is not None:
+            shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
+            _, factor = losses.over_ranks(self.reduce_shares, shares, len(routing.logits_NE))
+        return None, {}, factor
 
     def _sustain(self, dtype: torch.dtype) -> Tensor | float:
         """Return the share of its full weight that the starvation loss has at this temperature."""
@@ -494,14 +453,6 @@ class EcoMoE(nn.Module):
             "divergence": self.divergence_weight,
             "z": self.z_weight,
         }
-
-    def _weigh(self, terms: dict[str, Tensor]) -> Tensor:
-        weights = self.term_weights()
-        (first, term), *others = terms.items()
-        total = weights[first] * term
-        for name, term in others:
-            total = torch.add(total, term, alpha=weights[name])
-        return total
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

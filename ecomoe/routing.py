@@ -42,7 +42,7 @@ class Routing(NamedTuple):
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the tensor's precision."""
     kind = tensor.device.type
-    # Autocast refuses a device that computes nothing; elsewhere it takes as long as a few operators.
+    # Autocast refuses a device that computes nothing; elsewhere it takes as long as some operators.
     if tensor.is_meta or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
@@ -50,8 +50,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def top_k_experts(scores_NE: Tensor, *, top_k: int) -> Tensor:
     """Return the ids of the ``top_k`` best-scored experts of each token, best first, ``(N, K)``."""
-    compiling = torch.compiler.is_compiling()
-    if top_k == 2 and scores_NE.is_cpu and not compiling and 2**13 < scores_NE.numel() < 2**20:
+    on_host = scores_NE.is_cpu and not torch.compiler.is_compiling()
+    if on_host and top_k == 2 and scores_NE.numel() > 2**13 and scores_NE.shape[1] <= 256:
         return _best_two(scores_NE.detach())
     return scores_NE.topk(top_k, dim=-1).indices
 
