@@ -19,12 +19,14 @@ ADAM_STATES = 2
 STATE_BYTES = 4  # AdamW's two averages, and the wide copy of narrow weights, are fp32
 ROUTER_BYTES = 4  # the router computes in fp32
 
-# How `ecomoe.pieces` and `ecomoe.feed_forward` go through the slots on a CPU.
+# How the layer goes through its slots on a CPU: some experts at a time in a batched product, or, of
+# few slots, all at once and none padded.
 PIECE = 8  # experts of a batched product at most
-FEW_ROWS = 8  # slots an expert up to which fp32 weights are read as they are, going forward
+FEW_OF_EXPERT = 8  # slots an expert up to which they are few, in 32 bits
+FEW_IN_16_BITS = 8  # slots in all up to which they are few, in 16
 
 # glibc gives a block of this size back to the system when it is freed; the layer's own large ones
-# are kept, but for a gradient of which most experts have no part.
+# are kept, but for a gradient of this size of which most experts have no part.
 GIVEN_BACK = 2**25
 
 
@@ -134,30 +136,50 @@ def experts_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Wo
     inputs and for its weights; it reads the weights again, and writes a gradient for every expert,
     in use or not.
     """
-    slots = tokens * layer.top_k
     used = experts_in_use(layer, tokens=tokens)
-    narrow = layer.itemsize < STATE_BYTES
-    few = not narrow and slots < FEW_ROWS * layer.num_experts
     mostly_idle = 2 * used < layer.num_experts
+    narrow = layer.itemsize < STATE_BYTES
+    few, launches = _are_few(layer, tokens=tokens), _launches(layer, tokens=tokens)
+    products = used if few else launches
+    # In 32 bits a gradient is a product of its expert's own rows.
+    gradients = launches if narrow and not few else used
     return _products_work(
         layer,
-        rows=slots,
+        rows=tokens * layer.top_k,
         weights=used,
-        # Zeros where most experts are idle: fresh pages, and those of the others alone are met.
-        gradients=used if mostly_idle else layer.num_experts,
-        fresh=used if mostly_idle else 0.0,
-        forward_blocked=not few,
-        # Neighbours that are in use make a piece.
-        launches=used if mostly_idle else math.ceil(used / PIECE),
-        gradient_launches=math.ceil(used / PIECE) if narrow else used,
+        gradients=layer.num_experts,
+        met=used if mostly_idle else None,
+        keeps=True,
+        # In 32 bits a product of few rows reads weights as they are.
+        blocked=narrow or not few,
+        launches=(launches, products, gradients),
         training=training,
     )
 
 
+def _are_few(layer: LayerShape, *, tokens: int) -> bool:
+    slots = tokens * layer.top_k
+    if layer.itemsize < STATE_BYTES:
+        return slots <= FEW_IN_16_BITS
+    return slots <= FEW_OF_EXPERT * layer.num_experts
+
+
+def _launches(layer: LayerShape, *, tokens: int) -> float:
+    """Return in how many parts an operation on the slots is launched."""
+    used = experts_in_use(layer, tokens=tokens)
+    if _are_few(layer, tokens=tokens):
+        return 1
+    # Neighbours that are in use make a piece.
+    return used if 2 * used < layer.num_experts else math.ceil(used / PIECE)
+
+
 def dense_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
     """Return the work of the dense block of equal active FLOPs."""
-    dense = layer.dense
-    return _products_work(dense, rows=tokens, weights=1.0, gradients=1.0, training=training)
+    # A product of one row reads weights of 32 bits as they are.
+    blocked = layer.itemsize < STATE_BYTES or tokens > 1
+    return _products_work(
+        layer.dense, rows=tokens, weights=1.0, gradients=1.0, blocked=blocked, training=training
+    )
 
 
 def _products_work(
@@ -166,11 +188,11 @@ def _products_work(
     rows: int,
     weights: float,
     gradients: float,
+    blocked: bool,
     training: bool,
-    fresh: float | None = None,
-    forward_blocked: bool = True,
-    launches: float = 1.0,
-    gradient_launches: float = 1.0,
+    met: float | None = None,
+    keeps: bool = False,
+    launches: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Work:
     """Return the work of the products and activations between them.
 
@@ -179,54 +201,54 @@ def _products_work(
         rows: Rows in all.
         weights: Of how many experts the weights are read.
         gradients: Of how many experts the weights' gradients are written.
+        blocked: Whether products copy the weights into blocks.
         training: Whether there is a backward pass.
-        fresh: Of how many experts the gradients are written to fresh memory; ``None`` where torch
-            allocates each result, which is fresh if it is large.
-        forward_blocked: Whether the forward products may copy the weights into blocks.
-        launches: In how many parts an operation is launched.
-        gradient_launches: In how many parts that of the weights' gradients.
+        met: Of how many experts they are written where all are large: the others' are zeros as the
+            system supplies them. ``None`` where it supplies none.
+        keeps: Whether large memory is kept for the next step; if not, the system supplies it.
+        launches: In how many parts an activation is launched, a product, and that of a gradient.
     """
     matrix = layer.d_model * layer.d_hidden
     ups = layer.matrices - 1
     wide, hidden = rows * layer.d_model, rows * layer.d_hidden
-    # A product of one row reads 32-bit weights as they are.
-    blocks = layer.itemsize < STATE_BYTES or rows > weights
+    by_activation, by_product, by_gradient = launches
+
+    def supplied(size: float) -> float:
+        return size if size >= GIVEN_BACK else 0.0
 
     def moving(
-        read: float,
-        written: float,
-        *,
-        flops: float = 0.0,
-        read_weights: float = 0.0,
-        is_blocked: bool = True,
+        read: float, written: float, *, flops: float = 0.0, read_weights: float = 0.0
     ) -> Operation:
-        supplied = written * layer.itemsize if fresh is None else 0.0
         return Operation(
             flops,
             (read + read_weights + written) * layer.itemsize,
-            blocked=read_weights * layer.itemsize if blocks and is_blocked else 0.0,
-            fresh=supplied if supplied >= GIVEN_BACK else 0.0,
-            launches=launches,
+            blocked=read_weights * layer.itemsize if blocked else 0.0,
+            fresh=0.0 if keeps else supplied(written * layer.itemsize),
+            launches=by_product if flops else by_activation,
         )
 
     def gradient(read: float, number: int, flops: float) -> Operation:
-        written = gradients * number * matrix * layer.itemsize
-        supplied = written if fresh is None else fresh * number * matrix * layer.itemsize
+        each = number * matrix * layer.itemsize
+        written, fresh = gradients * each, 0.0
+        if met is not None and supplied(written):
+            written = fresh = met * each
+        elif not keeps:
+            fresh = supplied(written)
         return Operation(
             flops,
             read * layer.itemsize + written,
             # In 16 bits it is a product with pairs of rows too.
             blocked=written if layer.itemsize < STATE_BYTES else 0.0,
-            fresh=supplied if fresh is not None or supplied >= GIVEN_BACK else 0.0,
-            launches=gradient_launches,
+            fresh=fresh,
+            launches=by_gradient,
         )
 
     up, down = weights * ups * matrix, weights * matrix
     up_flops, down_flops = 2.0 * rows * ups * matrix, 2.0 * rows * matrix
     operations = [
-        moving(wide, ups * hidden, flops=up_flops, read_weights=up, is_blocked=forward_blocked),
+        moving(wide, ups * hidden, flops=up_flops, read_weights=up),
         moving(ups * hidden, hidden),
-        moving(hidden, wide, flops=down_flops, read_weights=down, is_blocked=forward_blocked),
+        moving(hidden, wide, flops=down_flops, read_weights=down),
     ]
     if training:
         operations += [
@@ -244,7 +266,7 @@ def recomputation_work(layer: LayerShape, *, tokens: int) -> Work:
 
     A gate's gradient is the sum, over hidden features, of a product of two.
     """
-    launches = math.ceil(experts_in_use(layer, tokens=tokens) / PIECE)
+    launches = _launches(layer, tokens=tokens)
     slots = tokens * layer.top_k
     hidden = slots * layer.d_hidden * layer.itemsize
     gathered = (tokens + slots) * layer.d_model * layer.itemsize
@@ -264,7 +286,7 @@ def dispatch_work(layer: LayerShape, *, tokens: int, training: bool = True) -> W
     the slots once more, which `experts_work` counts.
     """
     once = float(tokens * layer.d_model * (1 + layer.top_k) * layer.itemsize)
-    launches = math.ceil(experts_in_use(layer, tokens=tokens) / PIECE)
+    launches = _launches(layer, tokens=tokens)
     to_slots, from_slots = Operation(bytes=once, launches=launches), Operation(bytes=once)
     return Work((to_slots, from_slots) * (2 if training else 1))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ecomoe import cost_model as cost
-from ecomoe import costing, pieces
+from ecomoe import costing, few_slots, pieces
 from ecomoe.cli import main
 from ecomoe.cost_model import LayerShape, Work
 from ecomoe.device_cost import on_devices
@@ -78,9 +78,13 @@ def test_experts_are_launched_some_at_a_time():
     assert launches == [3] * 8
     dense = cost.dense_work(many, tokens=10)
     assert [operation.launches for operation in dense.operations] == [1] * 8
+    # Few slots are not cut: their products alone are an expert's.
+    few = cost.experts_work(many, tokens=8)
+    assert [operation.launches for operation in few.operations] == [20, 1, 20, 20, 20, 1, 20, 20]
     # No two of 1,000 experts in use are neighbours.
-    idle = cost.experts_work(LayerShape(4, 8, num_experts=1000, top_k=2), tokens=1)
-    assert {round(operation.launches, 6) for operation in idle.operations} == {2.0}
+    idle = LayerShape(4, 8, num_experts=1000, top_k=1, itemsize=2)
+    launches = {each.launches for each in cost.experts_work(idle, tokens=10).operations}
+    assert launches == {cost.experts_in_use(idle, tokens=10)}
 
 
 def test_a_host_adds_up_what_an_operation_takes():
@@ -124,9 +128,9 @@ def test_products_of_several_rows_copy_their_weights_into_blocks():
     assert blocked(4, 20)[0] == [128, 0, 128, 128, 0, 0, 128, 0]
     # In 16 bits one row has pairs too, and so has the gradient.
     assert blocked(2, 1)[0] == [64, 0, 64, 64, 64, 0, 64, 64]
-    # Of experts with fewer than 8 rows, on average, those of the forward pass stay as they are.
-    assert blocked(4, 15)[1] == pytest.approx([0, 0, 0, 256, 0, 0, 256, 0], rel=1e-4)
-    assert blocked(4, 16)[1] == pytest.approx([256, 0, 256, 256, 0, 0, 256, 0], rel=1e-4)
+    # Experts with 8 rows or fewer, on average, have no blocks in 32 bits.
+    assert blocked(4, 16)[1] == [0.0] * 8
+    assert blocked(4, 17)[1] == pytest.approx([256, 0, 256, 256, 0, 0, 256, 0], rel=1e-4)
 
 
 def test_fresh_memory():
@@ -137,25 +141,30 @@ def test_fresh_memory():
     assert fresh == [hidden, hidden, wide, hidden, 0, hidden, wide, 0]
     # The layer keeps its own, but for gradients of which most experts have no part.
     assert all(each.fresh == 0 for each in cost.experts_work(TINY, tokens=rows).operations)
-    few = cost.experts_work(LayerShape(4, 8, num_experts=100, top_k=2), tokens=1)
-    assert [each.fresh for each in few.operations] == pytest.approx(
-        [0, 0, 0, 0, 2 * 128, 0, 0, 2 * 128]
-    )
+    # Here each matrix of all of them is 32 MiB; one byte less is written whole.
+    layer = LayerShape(4, 8, num_experts=2**18, top_k=2)
+    few = cost.experts_work(layer, tokens=1).operations
+    assert [each.fresh for each in few] == pytest.approx([0, 0, 0, 0, 256, 0, 0, 256])
+    assert few[4].bytes == pytest.approx(4 * (2 * 4 + 2 * 8) + 256)
+    smaller = LayerShape(4, 8, num_experts=2**18 - 1, top_k=2)
+    written = cost.experts_work(smaller, tokens=1).operations[4]
+    assert (written.fresh, written.bytes) == (0, 4 * (2 * 4 + 2 * 8) + (2**18 - 1) * 128)
 
 
 def test_constants_are_those_of_what_they_describe():
     assert pieces.BATCHES[0] == cost.PIECE
-    assert pieces.VERY_FEW_ROWS == cost.FEW_ROWS
+    assert few_slots.FEW_OF_EXPERT == cost.FEW_OF_EXPERT
+    assert few_slots.FEW_IN_16_BITS == cost.FEW_IN_16_BITS
+    assert pieces.FRESH == cost.GIVEN_BACK
 
 
-def test_the_experts_in_use_alone_are_read():
+def test_every_expert_gets_a_gradient_and_the_used_alone_are_read():
     few = LayerShape(4, 8, num_experts=1000, top_k=1, router_hidden=0)
     one = LayerShape(4, 8, num_experts=1, top_k=1, router_hidden=0)
     forward = [cost.experts_work(layer, tokens=1, training=False).bytes for layer in (few, one)]
     assert forward[0] == pytest.approx(forward[1])
-    # Where most are idle, the gradients' other pages are never met: the system's are zeros.
     step = [cost.experts_work(layer, tokens=1).bytes for layer in (few, one)]
-    assert step[0] == pytest.approx(step[1])
+    assert step[0] - step[1] == pytest.approx(4 * 999 * 64)
 
 
 def test_every_expert_gets_a_gradient_where_most_have_tokens():
