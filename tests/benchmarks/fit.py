@@ -1,6 +1,8 @@
 """Fit the cost model to what was measured: ``python -m tests.benchmarks.fit``.
 
-Prints the constants that belong into `ecomoe.machines.FITTED`, and how near the model comes.
+Prints the constants that belong into `ecomoe.machines.FITTED`, and how near the model comes. After
+new measurements first this, then `tests.benchmarks.page`, which says how near the constants come
+that are there.
 """
 
 from __future__ import annotations
