@@ -204,7 +204,9 @@ class AuxiliarySlot:
                 if on_gradient is not None:
                     call.loss.register_hook(on_gradient)
             call.read = True
-            part = call.loss * (call.num_tokens / num_tokens)
+            part = call.loss
+            if call.num_tokens != num_tokens:
+                part = part * (call.num_tokens / num_tokens)
             total = part if total is None else total + part
         return total
 

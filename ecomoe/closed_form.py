@@ -147,14 +147,16 @@ def _evaluate(
     terms = {}
     if wanted.entropy:
         cool = _parts(routing.probs_NE, blocks)
-        weight = weights["entropy"] / temperature.to(logits_NE.dtype)
-        terms["entropy"] = _entropy(slopes, cool, weight=weight)
+        weight = weights["entropy"] / max(num_tokens, 1)
+        scale = temperature.to(logits_NE.dtype).reciprocal().mul_(weight)
+        terms["entropy"] = _entropy(slopes, cool, scale=scale)
     if wanted.balance:
         terms["balance"] = losses.balance_loss(shares)
         _add_balance(slopes, probs, shares, weight=weights["balance"])
     if wanted.floor > 0:
-        # Known where there are no other ranks, which would wait for this one.
-        if ranks is None and losses.is_none_starving(shares, floor=wanted.floor):
+        # Other ranks would wait for one that knows it, and fewer tokens than experts starve some.
+        known = ranks is None and num_tokens >= shares.top1_E.numel()
+        if known and losses.is_none_starving(shares, floor=wanted.floor):
             terms["starvation"] = logits_NE.new_zeros(())
         else:
             own_grad_NE = torch.empty_like(logits_NE)
@@ -165,7 +167,7 @@ def _evaluate(
                 own.others_E,
                 shares,
                 floor=wanted.floor,
-                weight=weights["starvation"] * wanted.sustain,
+                weight=wanted.sustain * (weights["starvation"] / max(num_tokens, 1)),
                 ranks=ranks,
             )
             terms["starvation"] = loss * wanted.sustain
@@ -208,24 +210,22 @@ def _starvation(
         eighths.append(eighth_NE)
     own = Affinity(others_E / unit_E, _mean(eighths, num_tokens))
     affinity, _ = losses.over_ranks(ranks, own, num_tokens)
-    mean_E, eighth_E = affinity
     want_E = losses.starvation(shares, floor=floor)
-    pull_E = want_E * (-weight / max(num_tokens, 1))
-    by_mean_E = torch.where(mean_E < losses.LEAST_MEAN, 0.0, pull_E * want_E / mean_E)
-    by_eighth_E = pull_E * (1.0 - want_E) / eighth_E
-    by_eighth_E = torch.where(eighth_E < losses.LEAST_EIGHTH, 0.0, by_eighth_E)
+    pull_E = want_E * weight
+    on_mean_E = pull_E * want_E
+    on_eighth_E = pull_E - on_mean_E
+    on_mean_E.div_(F.threshold(affinity.mean_E, losses.LEAST_MEAN, math.inf))
+    on_eighth_E.div_(F.threshold(affinity.eighth_E, losses.LEAST_EIGHTH, math.inf))
     for grad_NE, probs_NE, units_NE, eighth_NE in zip(slopes, probs, others, eighths, strict=True):
-        pull_NE = units_NE.mul_(by_mean_E).addcmul_(eighth_NE, by_eighth_E)
-        sum_N1 = pull_NE.sum(-1, keepdim=True)
-        torch.addcmul(pull_NE, probs_NE, sum_N1, value=-1.0, out=grad_NE)
-    return losses.starvation_loss(shares, affinity, floor=floor)
+        pull_NE = units_NE.mul_(on_mean_E).addcmul_(eighth_NE, on_eighth_E)
+        torch.mul(probs_NE, pull_NE.sum(-1, keepdim=True), out=grad_NE).sub_(pull_NE)
+    return losses.pull_on_starving(want_E, shares, affinity)
 
 
-def _entropy(slopes: list[Tensor], probs: list[Tensor], *, weight: Tensor) -> Tensor:
+def _entropy(slopes: list[Tensor], probs: list[Tensor], *, scale: Tensor) -> Tensor:
     """Return `losses.entropy_loss` of ``softmax(logits / T)``; write its gradient to ``slopes``."""
     num_tokens, num_experts = _size(probs)
     tiny = torch.finfo(probs[0].dtype).tiny
-    scale = weight / max(num_tokens, 1)
     means = []
     for grad_NE, probs_NE in zip(slopes, probs, strict=True):
         product_NE = probs_NE.clamp_min(tiny).log_().mul_(probs_NE)
@@ -262,10 +262,10 @@ class _Known(torch.autograd.Function):
 
 
 class _LinearTwice(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x_ND, weight_ED, bias_E):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)  # mostly nobody asks for the second scores
+        ctx.save_for_backward(x_ND, weight_ED)
         blocks = _blocks(x_ND, at_once=x_ND.dtype == weight_ED.dtype)
         if len(blocks) == 1:
             logits_NE = F.linear(x_ND.to(weight_ED.dtype), weight_ED, bias_E)
@@ -275,12 +275,6 @@ class _LinearTwice(torch.autograd.Function):
                 torch.addmm(bias_E, wide_ND, weight_ED.mT, out=logits_NE[rows])
         # No view: FSDP warns of those among what a unit returns.
         return logits_NE, logits_NE.detach()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x_ND, weight_ED, _ = inputs
-        ctx.set_materialize_grads(False)  # mostly nobody asks for the second scores
-        ctx.save_for_backward(x_ND, weight_ED)
 
     @staticmethod
     def backward(ctx, grad_NE: Tensor | None, own_NE: Tensor | None):  # type: ignore[no-untyped-def]

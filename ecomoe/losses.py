@@ -133,7 +133,7 @@ def starvation(shares: Shares, *, floor: float) -> Tensor:
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
     usage_E = torch.minimum(shares.top1_E, shares.topk_E)
-    return (1.0 - usage_E * (usage_E.numel() / floor)).clamp_min(0.0)
+    return (usage_E * (-usage_E.numel() / floor)).add(1.0).clamp_min(0.0)
 
 
 def is_none_starving(shares: Shares, *, floor: float) -> bool:
@@ -144,7 +144,8 @@ def is_none_starving(shares: Shares, *, floor: float) -> bool:
     top1_E = shares.top1_E
     if type(top1_E) is not Tensor or not for_host(top1_E) or are_operators_seen():
         return False
-    return not starvation(shares, floor=floor).any()
+    least = torch.minimum(top1_E, shares.topk_E).min()
+    return bool(least >= floor / top1_E.numel())
 
 
 def positive(share_E: Tensor) -> Tensor:
@@ -168,7 +169,11 @@ def starvation_loss(shares: Shares, affinity: Affinity, *, floor: float) -> Tens
         affinity: Their `affinity`, which carries the gradient.
         floor: Share of uniform usage below which an expert starves, in (0, 1].
     """
-    want_E = starvation(shares, floor=floor)
+    return pull_on_starving(starvation(shares, floor=floor), shares, affinity)
+
+
+def pull_on_starving(want_E: Tensor, shares: Shares, affinity: Affinity) -> Tensor:
+    """Return the `starvation_loss` of experts so far below the floor."""
     log_m1_E = affinity.mean_E.clamp_min(LEAST_MEAN).log()
     log_m8_E = affinity.eighth_E.clamp_min(LEAST_EIGHTH).log() / 8
     log_mean_E = positive(shares.others_E).log() + torch.lerp(log_m8_E, log_m1_E, want_E)

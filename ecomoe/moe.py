@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecomoe import arguments, losses
+from ecomoe import arguments, tensor_arguments
 from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.control import Control
@@ -25,8 +25,8 @@ from ecomoe.experts import (
     HeadExperts,
     autocast_dtype,
 )
-from ecomoe.losses import ShareReducer, Wanted
-from ecomoe.objective import other_terms, routing_losses
+from ecomoe.losses import ShareReducer
+from ecomoe.objective import other_terms, routing_losses, share_annealed
 from ecomoe.oracle import Oracle, choose_oracle
 from ecomoe.routers import build_router, keep_wide
 from ecomoe.routing import Routing
@@ -36,8 +36,6 @@ STARVATION_WEIGHT = 0.04
 # While T is annealed, half of the experts may starve at once, and come back by themselves; a full
 # pull on all of them would fill the optimizer's second moments, and the router learn less.
 SUSTAIN_AT_START = 0.05
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class EcoMoE(nn.Module):
@@ -173,21 +171,10 @@ class EcoMoE(nn.Module):
         arguments.flag("bias", bias)
         if isinstance(activation, type) or not callable(activation):
             arguments.choice("activation", activation, ACTIVATIONS)
-        for name, module in (("hidden_norm", hidden_norm), ("dense", dense)):
-            if module is not None and not isinstance(module, nn.Module):
-                raise ValueError(f"{name}={module!r} must be a module; pass an nn.Module or None")
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(
-                f"dtype={dtype} must be a floating dtype of 16 bits or more, one of "
-                f"{', '.join(map(str, DTYPES))}; pass one of these"
-            )
-        if device is not None:
-            try:
-                torch.device(device)
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"device={device!r} must name a device; pass e.g. 'cpu' or 'cuda:0'"
-                ) from error
+        tensor_arguments.module("hidden_norm", hidden_norm)
+        tensor_arguments.module("dense", dense)
+        tensor_arguments.floating("dtype", dtype)
+        tensor_arguments.device("device", device)
         if d_hidden is None and (gated or activation != "gelu" or hidden_norm is not None):
             raise ValueError(
                 f"gated={gated}, activation={activation!r} and hidden_norm={hidden_norm!r} have no "
@@ -234,32 +221,26 @@ class EcoMoE(nn.Module):
         self._ask_router()
         self.experts: Experts
         outputs = num_classes if num_classes is not None else d_output
+        every_kind: dict[str, Any] = {
+            "num_experts": self.num_experts,
+            "bias": bias,
+            "dropout": dropout,
+            "spread": spread,
+            "device": device,
+            "dtype": dtype,
+        }
         if d_hidden is None:
             assert outputs is not None
-            self.experts = HeadExperts(
-                d_model,
-                outputs,
-                num_experts=self.num_experts,
-                bias=bias,
-                dropout=dropout,
-                spread=spread,
-                device=device,
-                dtype=dtype,
-            )
+            self.experts = HeadExperts(d_model, outputs, **every_kind)
         else:
             self.experts = FFNExperts(
                 d_model,
                 d_hidden,
-                num_experts=self.num_experts,
                 d_output=outputs,
                 activation=activation,
                 gated=gated,
-                bias=bias,
-                dropout=dropout,
                 norm=hidden_norm,
-                spread=spread,
-                device=device,
-                dtype=dtype,
+                **every_kind,
             )
         # Prototypes exist only where a loss trains them: a parameter without a gradient breaks DDP.
         self.prototypes: nn.Parameter | None = None
@@ -375,7 +356,14 @@ class EcoMoE(nn.Module):
     ) -> Tensor:
         """Leave the call's auxiliary loss in the slot; return the gates, which may carry it."""
         weights = self.term_weights()
-        loss, terms, share_of_ranks = self._routing_losses(routing, temperature, weights)
+        loss, terms, share_of_ranks = routing_losses(
+            routing,
+            temperature=temperature,
+            weights=weights,
+            floor=self.usage_floor if self.sustained else 0.0,
+            sustain=self._sustain(routing.logits_NE.dtype) if self.sustained else 1.0,
+            reduce=self.reduce_shares,
+        )
         others = other_terms(
             weights,
             x_ND=x_ND,
@@ -406,38 +394,10 @@ class EcoMoE(nn.Module):
             weights_NK = weights_NK + 0.0 * self.prototypes.sum()
         return self.auxiliary.leave(weights_NK, loss)
 
-    def _routing_losses(
-        self, routing: Routing, temperature: Tensor, weights: dict[str, float]
-    ) -> tuple[Tensor | None, dict[str, Tensor], Tensor | float]:
-        """Return the weighted sum of balance, starvation and entropy, each of them, the factor."""
-        wanted = Wanted(
-            balance=weights["balance"] > 0,
-            entropy=weights["entropy"] > 0,
-            floor=self.usage_floor if self.sustained else 0.0,
-            sustain=self._sustain(routing.logits_NE.dtype) if self.sustained else 1.0,
-        )
-        if wanted.balance or wanted.entropy:
-            return routing_losses(
-                routing,
-                temperature=temperature,
-                wanted=wanted,
-                weights=weights,
-                reduce=self.reduce_shares,
-            )
-        factor: Tensor | float = 1.0
-        if self.reduce_shares is not None:
-            shares = losses.routing_shares(routing.logits_NE, routing.expert_ids_NK)
-            _, factor = losses.over_ranks(self.reduce_shares, shares, len(routing.logits_NE))
-        return None, {}, factor
-
     def _sustain(self, dtype: torch.dtype) -> Tensor | float:
         """Return the share of its full weight that the starvation loss has at this temperature."""
-        first, last = self.control.temperature, self.control.temperature_at(1.0)
-        if first == last:
-            return 1.0
-        # Outside of the span are a checkpoint of a layer that started hotter, and rounding.
-        to_go = ((self.temperature.to(dtype) - last) / (first - last)).clamp(0.0, 1.0)
-        return 1.0 - (1.0 - SUSTAIN_AT_START) * to_go
+        span = self.control.temperature, self.control.temperature_at(1.0)
+        return share_annealed(self.temperature.to(dtype), *span, at_start=SUSTAIN_AT_START)
 
     def term_weights(self) -> dict[str, float]:
         """Return the factor of each auxiliary loss in the total, by name."""
@@ -455,13 +415,7 @@ class EcoMoE(nn.Module):
         }
 
     def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise ValueError(f"x is a {type(x).__name__}, not a tensor; pass torch.as_tensor(x)")
-        if x.dim() == 0 or x.shape[-1] != self.d_model:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; its last axis must be d_model={self.d_model}: "
-                "move the channels last"
-            )
+        tensor_arguments.tokens(x, d_model=self.d_model)
         weight = next(self.experts.parameters())
         if x.dtype == weight.dtype:
             return

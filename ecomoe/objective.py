@@ -21,31 +21,56 @@ def routing_losses(
     routing: Routing,
     *,
     temperature: Tensor,
-    wanted: Wanted,
     weights: Mapping[str, float],
+    floor: float,
+    sustain: Tensor | float,
     reduce: ShareReducer | None,
-) -> tuple[Tensor, dict[str, Tensor], Tensor | float]:
-    """Return what `closed_form.routing_losses` does, operator by operator where that is asked for.
+) -> tuple[Tensor | None, dict[str, Tensor], Tensor | float]:
+    """Return the weighted sum of balance, starvation and entropy, each of them, and the factor.
 
-    A compiler and a `torch.func` transform have to look into the operators, and find the gradient
-    by themselves.
+    The sum is ``None`` where none of them has a weight; the losses by name have no graph, and the
+    factor is what a reducer over ranks has all of a layer's losses multiplied by. They are computed
+    in closed form, but operator by operator where a compiler or a `torch.func` transform has to
+    look into the operators, and finds the gradient by itself.
+
+    Args:
+        routing: What the router decided.
+        temperature: T of the decision.
+        weights: The weights by name.
+        floor: Share of uniform usage below which an expert starves; 0 for no starvation loss.
+        sustain: Share of its full weight that this one has.
+        reduce: Makes means over this rank's tokens those over all ranks'.
     """
-    logits_NE, own_NE = routing.logits_NE, routing.own_logits_NE
+    logits_NE, ids_NK = routing.logits_NE, routing.expert_ids_NK
+    wanted = Wanted(weights["balance"] > 0, weights["entropy"] > 0, floor, sustain)
+    if not wanted.balance and not wanted.entropy:
+        factor: Tensor | float = 1.0
+        if reduce is not None:
+            shares = losses.routing_shares(logits_NE, ids_NK)
+            _, factor = losses.over_ranks(reduce, shares, len(logits_NE))
+        return None, {}, factor
     transformed = torch._C._functorch.maybe_current_level() is not None
-    if not torch.compiler.is_compiling() and not transformed and type(logits_NE) is Tensor:
+    if not torch.compiler.is_compiling() and not transformed:
         return closed_form.routing_losses(
             routing, temperature=temperature, wanted=wanted, weights=weights, reduce=reduce
         )
+    own_NE = logits_NE if routing.own_logits_NE is None else routing.own_logits_NE
     terms, factor = losses.routing_terms(
-        logits_NE,
-        logits_NE if own_NE is None else own_NE,
-        routing.expert_ids_NK,
-        temperature=temperature,
-        wanted=wanted,
-        reduce=reduce,
+        logits_NE, own_NE, ids_NK, temperature=temperature, wanted=wanted, reduce=reduce
     )
     detached = {name: term.detach() for name, term in terms.items()}
     return losses.weigh(terms, weights), detached, factor
+
+
+def share_annealed(
+    temperature: Tensor, first: float, last: float, *, at_start: float
+) -> Tensor | float:
+    """Return what goes from ``at_start`` to 1 as a temperature goes from ``first`` to ``last``."""
+    if first == last:
+        return 1.0
+    # Outside of the span are a checkpoint of a layer that started hotter, and rounding.
+    to_go = ((temperature - last) / (first - last)).clamp(0.0, 1.0)
+    return torch.rsub(to_go, 1.0, alpha=1.0 - at_start)
 
 
 def other_terms(

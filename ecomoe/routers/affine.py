@@ -76,7 +76,10 @@ class LinearRouter(Router):
     def logits_apart(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `Router.logits_apart` does, from one product."""
         plain = type(self).logits is LinearRouter.logits and "logits" not in vars(self)
-        if not plain or has_hooks(self.score) or x_ND.itemsize > self.score.weight.itemsize:
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        if not plain or transformed or has_hooks(self.score):
+            return super().logits_apart(x_ND)
+        if x_ND.itemsize > self.score.weight.itemsize:
             return super().logits_apart(x_ND)
         return linear_twice(x_ND, self.score.weight, self.score.bias)
 
