@@ -20,18 +20,24 @@ from ecomoe.dispatch import sum_of_rows
 from ecomoe.grouped import expert_of_slot
 from ecomoe.pieces import empty_gradient
 
-# Slots an expert, on average, up to which padding them costs more than a batch saves.
-FEW_OF_EXPERT = 8
-# Slots up to which that is so in 16 bits, where oneDNN takes as long for one row as for sixteen.
+# Slots an expert, on average, up to which padding them costs more than a batch saves; and slots in
+# all, beyond which they leave the cache between two operators, which costs more where experts have
+# more than a few.
+FEW_OF_EXPERT = 32
+FEW_IN_ALL = 4096
+VERY_FEW_OF_EXPERT = 8
+# Slots up to which they are few in 16 bits, where oneDNN takes as long for one row as for sixteen.
 FEW_IN_16_BITS = 8
-
 # Experts that have slots, and these.
 Groups = list[tuple[int, slice]]
 
 
 def are_few(num_slots: int, num_experts: int, dtype: torch.dtype) -> bool:
     """Return whether so many slots are computed without padding; sizes may be symbolic."""
-    return num_slots <= (FEW_OF_EXPERT * num_experts if dtype.itemsize > 2 else FEW_IN_16_BITS)
+    if dtype.itemsize <= 2:
+        return num_slots <= FEW_IN_16_BITS
+    most = min(FEW_OF_EXPERT * num_experts, FEW_IN_ALL)
+    return num_slots <= max(most, VERY_FEW_OF_EXPERT * num_experts)
 
 
 def forward_few(

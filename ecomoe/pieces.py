@@ -125,16 +125,18 @@ class Layout:
         self.pieces = cut(ends_E, dtype)
         self.num_experts = ends_E.shape[0]
         self.busy = {expert for piece in self.pieces for expert in piece.numbers}
-        spans = [(*span, piece.rows) for piece in self.pieces for span in piece.spans]
-        starts_Q, ends_Q, sizes_Q = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
-        # From a row's place among all rows to its slot.
-        shifts_Q = starts_Q - (sizes_Q.cumsum(0) - sizes_Q)
-        shifts_R, ends_R = torch.stack((shifts_Q, ends_Q)).repeat_interleave(sizes_Q, dim=1)
-        slots_R = shifts_R.add_(torch.arange(shifts_R.shape[0]))
-        self.own_R = slots_R < ends_R
-        self.slots_R = torch.minimum(slots_R, ends_R - 1).clamp_(min=0)
-        shifts_S = shifts_Q.repeat_interleave(ends_Q - starts_Q)
-        self.rows_S = torch.arange(shifts_S.shape[0]).sub_(shifts_S)
+        begin, columns = 0, []
+        for piece in self.pieces:
+            for start, end in piece.spans:
+                # From a row's place among all rows to its slot, its last slot, its rows.
+                columns.append((start - begin, end - 1, piece.rows))
+                begin += piece.rows
+        table_3Q = torch.tensor(columns, dtype=torch.int64).view(-1, 3).T
+        shifts_R, last_R = table_3Q[:2].repeat_interleave(table_3Q[2], dim=1, output_size=begin)
+        slots_R = torch.arange(begin).add_(shifts_R)
+        self.own_R = slots_R <= last_R
+        self.slots_R = torch.minimum(slots_R, last_R).clamp_(min=0)
+        self.rows_S = self.own_R.nonzero().view(-1)
 
     def spare_memory(self, like: Tensor, width: int) -> Tensor:
         """Return memory for the rows of any piece, of so many features.
@@ -273,12 +275,11 @@ def add_outer(a_BPX: Tensor, b_BPY: Tensor, piece: Piece, total_EXY: Tensor) -> 
 
 def empty_gradient(weight_EXY: Tensor, busy: Collection[int]) -> Tensor:
     """Return memory for the gradient of stacked weights, zeros for experts that are not busy."""
-    idle = set(range(weight_EXY.shape[0])).difference(busy)
-    if 2 * len(idle) > weight_EXY.shape[0] and weight_EXY.nbytes >= FRESH:
+    num_experts = weight_EXY.shape[0]
+    if 2 * len(busy) < num_experts and weight_EXY.nbytes >= FRESH:
         return buffers.zeros(weight_EXY, weight_EXY.shape)
     gradient_EXY = buffers.empty(weight_EXY, weight_EXY.shape)
-    if len(idle) > len(busy):
-        return gradient_EXY.zero_()
-    for expert in idle:
-        gradient_EXY[expert].zero_()
+    for before, after in pairwise([-1, *sorted(busy), num_experts]):
+        if after - before > 1:
+            gradient_EXY[before + 1 : after].zero_()
     return gradient_EXY

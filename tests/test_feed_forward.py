@@ -19,9 +19,9 @@ from ecomoe.few_slots import FEW_IN_16_BITS, FEW_OF_EXPERT, are_few
 SIZES = [
     (4, 3, 5, [4, 0, 4]),
     (4, 3, 4, [0, 0]),
-    (4, 3, 4, [40, 17, 33]),
+    (4, 3, 4, [60, 37, 53]),
     (3, 4, 2, [0, 2500, 100]),
-    (4, 3, 4, [20, 20, 0, 20, 20, 20, 20, 20]),
+    (4, 3, 4, [50, 50, 0, 50, 50, 50, 50, 50]),
     (4, 8, 4, [5, 0, 7]),
     (8, 16, 8, [0, 1, 0, 0, 1, 0, 2, 0, 0, 0]),
 ]
@@ -84,8 +84,18 @@ class TestAgainstSingleExperts:
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("bias", [False, True, "up", "down"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("way", WAYS)
-    def test_values_and_gradients(self, size, top_k, gated, bias, dtype, way):
+    def test_values_and_gradients(self, size, top_k, gated, bias, dtype):
+        self.check_values_and_gradients("untraced", size, top_k, gated, bias, dtype)
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("top_k", [None, 2])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_the_operator(self, size, top_k, bias, dtype):
+        self.check_values_and_gradients("operator", size, top_k, True, bias, dtype)
+
+    @staticmethod
+    def check_values_and_gradients(way, size, top_k, gated, bias, dtype):
         inputs, plan = operands(size, top_k=top_k, gated=gated, bias=bias, dtype=dtype)
         wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
         y_NF, _ = WAYS[way](*inputs, *plan, "silu", True)
@@ -287,7 +297,7 @@ def test_gates_of_experts_that_are_nearly_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [[40, 60, 40], [20, 0, 20, 20, 20, 20, 20, 20]])
+@pytest.mark.parametrize("counts", [[40, 60, 40], [20, 0, *[20] * 6], [50, 0, *[50] * 6]])
 def test_a_broken_slot_stays_with_its_expert(counts, dtype):
     inputs, plan = operands((4, 3, 4, counts), top_k=None, dtype=dtype)
     broken = sum(counts[:1]) + 5 if counts[1] else 0
