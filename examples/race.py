@@ -62,7 +62,7 @@ PLANS = {
     "gpt": Plan(
         title="GPT on bytes",
         steps=150,
-        sparse_steps=135,
+        sparse_steps=133,
         batch=16,
         d_model=192,
         layers=4,
@@ -74,7 +74,7 @@ PLANS = {
     "vit": Plan(
         title="ViT",
         steps=150,
-        sparse_steps=108,
+        sparse_steps=111,
         batch=64,
         d_model=128,
         layers=4,
@@ -415,13 +415,13 @@ def write(out: Path, content: dict[str, Any]) -> None:
 
 def setting(plan: Plan) -> str:
     """Say what raced."""
-    where = {None: "every layer's FFN"}.get(
-        plan.convert.get("layers"), f"the FFNs of layers {plan.convert.get('layers')}"
-    )
+    layers = plan.convert.get("layers")
+    named = {None: "every layer's FFN", "every other": "every other layer's FFN"}
+    where = named.get(layers, f"the FFN of layers {layers}")
     return (
         f"{plan.layers} layers of {plan.d_model} features, {plan.batch} sequences a step, AdamW at "
         f"{plan.learning_rate:g} with linear decay, {plan.steps} dense and {plan.sparse_steps} "
-        f"sparse steps; {where} is {plan.experts} experts, top-{plan.top_k}, "
+        f"sparse steps, which take as long; {where} is {plan.experts} experts, top-{plan.top_k}, "
         f"{1 / plan.top_k:.2g} times as wide; {torch.get_num_threads()} threads, fp32."
     )
 
