@@ -421,7 +421,7 @@ def setting(plan: Plan) -> str:
     return (
         f"{plan.layers} layers of {plan.d_model} features, {plan.batch} sequences a step, AdamW at "
         f"{plan.learning_rate:g} with linear decay, {plan.steps} dense and {plan.sparse_steps} "
-        f"sparse steps, which take as long; {where} is {plan.experts} experts, top-{plan.top_k}, "
+        f"sparse steps; {where} is {plan.experts} experts, top-{plan.top_k}, "
         f"{1 / plan.top_k:.2g} times as wide; {torch.get_num_threads()} threads, fp32."
     )
 
