@@ -254,10 +254,12 @@ class _Known(torch.autograd.Function):
         *operands, grad_NE, own_grad_NE = ctx.saved_tensors
         gradients = [grad_NE, own_grad_NE]
         if torch.is_grad_enabled():  # by create_graph=True
-            wanted = [operand for operand in operands[:2] if operand.requires_grad]
-            total = ctx.again(*operands)
+            # Views: both may be one tensor, and each would get the gradient by both.
+            scores = [operand.view_as(operand) for operand in operands[:2]]
+            wanted = [each_NE for each_NE in scores if each_NE.requires_grad]
+            total = ctx.again(*scores, *operands[2:])
             found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
-            gradients = [next(found) if t.requires_grad else None for t in operands[:2]]
+            gradients = [next(found) if each.requires_grad else None for each in scores]
         return *(None if grad is None else slope * grad for grad in gradients), *(None,) * 6
 
 

@@ -266,9 +266,10 @@ def _differentiate(ctx, grad_NF: Tensor | None, _: None):  # type: ignore[no-unt
 def _differentiable_gradients(
     grad_NF: Tensor, tensors: list[Tensor], activation: str
 ) -> list[Tensor | None]:
-    operands = tensors[:6]
+    # Views: two may be one tensor, as tied projections, and each would get the gradient by both.
+    operands = [None if t is None else t.view_as(t) for t in tensors[:6]]
     wanted = [t for t in operands if t is not None and t.requires_grad]
-    y_NF = composed(*tensors, activation=activation)
+    y_NF = composed(*operands, *tensors[6:], activation=activation)
     found = iter(torch.autograd.grad(y_NF, wanted, grad_NF, create_graph=True))
     return [next(found) if t is not None and t.requires_grad else None for t in operands]
 

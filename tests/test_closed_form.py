@@ -125,6 +125,16 @@ def test_second_derivatives_are_those_of_the_first(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_first_derivative_is_the_same_where_a_second_is_asked_for(case):
+    scores_NE = logits()
+    for own_NE in (None, scores_NE):
+        total, _, _ = closed(scores_NE, own_NE, CASES[case])
+        (once_NE,) = torch.autograd.grad(total, scores_NE, retain_graph=True)
+        (twice_NE,) = torch.autograd.grad(total, scores_NE, create_graph=True)
+        torch.testing.assert_close(twice_NE, once_NE)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_no_more_rows_at_a_time_than_stay_in_the_cache(case, monkeypatch):
     rows_seen = set()
 

@@ -487,6 +487,17 @@ class TestLayer:
             assert_near(layer(x), expected, torch.float32)
             assert layer(x[:0]).shape == (0, 8)
 
+    def test_tied_projections_where_second_derivatives_are_asked_for(self):
+        layer = ecomoe.EcoMoE(8, 8, tiers=(4,), spread=1.0, dtype=torch.float64)
+        layer.experts.down_proj.weight = layer.experts.up_proj.weight
+        weight, loss = (
+            layer.experts.up_proj.weight,
+            layer(torch.randn(6, 8).double()).square().sum(),
+        )
+        (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (twice,) = torch.autograd.grad(loss, weight, create_graph=True)
+        torch.testing.assert_close(twice, once)
+
     def test_what_is_kept_for_backward(self):
         layer = ecomoe.EcoMoE(32, 64, tiers=(4,))
         kept = {}
