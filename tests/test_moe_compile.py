@@ -120,6 +120,19 @@ class TestLayer:
             assert_steps_agree(step(compiled, layer, x), step(eager, eager, x), dtype)
         assert counter.frame_count <= MAX_GRAPHS
 
+    def test_training_where_every_size_and_number_is_a_symbol(self):
+        layer, eager = build("plain", torch.float32)
+        counter = CompileCounterWithBackend("aot_eager")
+
+        @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+        def compiled(x):
+            return layer(x)
+
+        for num_tokens in (3, 300):
+            x = torch.randn(num_tokens, layer.d_model)
+            assert_steps_agree(step(compiled, layer, x), step(eager, eager, x), torch.float32)
+        assert counter.frame_count <= MAX_GRAPHS
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_evaluation_at_changing_temperatures_and_sizes(self, dtype):
         layer, eager = build("plain", dtype)
