@@ -81,7 +81,7 @@ def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
     """Return the layer that the options or the configuration file describe, and how many."""
     sizes = {name: getattr(given, name) for name in CONFIG_KEYS}
     if given.config is not None:
-        config = json.loads(given.config.read_text())
+        config = _read_config(given.config)
         for name, keys in CONFIG_KEYS.items():
             known = [config[key] for key in keys if config.get(key) is not None]
             if sizes[name] is None and known:
@@ -101,7 +101,21 @@ def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
         itemsize=ITEMSIZES[given.dtype],
         router_hidden=128 if given.router == "mlp" else 0,
     )
-    return layer, 1 if sizes["layers"] is None else sizes["layers"]
+    layers = 1 if sizes["layers"] is None else sizes["layers"]
+    cost.count("layers", layers)
+    return layer, layers
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"--config: '{path}' does not exist; give a model's config.json")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"--config: '{path}' holds no JSON object; give a model's config.json")
+    return config
 
 
 def read_machine(given: argparse.Namespace) -> Machine:

@@ -56,12 +56,7 @@ class Machine:
     bytes_per_second: float
 
     def __post_init__(self) -> None:
-        for name in ("flops_per_second", "bytes_per_second"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be positive; give it as measured, per "
-                    "second"
-                )
+        _check_rates(self, "flops_per_second", "bytes_per_second")
 
     def seconds(self, operation: Operation) -> float:
         """Return how long an operation takes: as long as its arithmetic or its memory traffic."""
@@ -114,6 +109,15 @@ class Host(Machine):
     block_passes: float = 1.0
     fitted: Fitted = FITTED
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rates(self, "fresh_bytes_per_second")
+        for name in ("seconds_per_launch", "seconds_per_product"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be 0 or more; give it as measured"
+                )
+
     def seconds(self, operation: Operation) -> float:
         """Return how long an operation takes: its parts, one after the other."""
         return sum(self.parts(operation).values())
@@ -152,6 +156,19 @@ class Cluster:
     node: int
     inside: float
     outside: float
+
+    def __post_init__(self) -> None:
+        _check_rates(self, "inside", "outside")
+        if type(self.node) is not int or self.node < 1:
+            raise ValueError(f"node={self.node!r} must be an int >= 1; pass 1 for none joined")
+
+
+def _check_rates(owner: object, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise ValueError(
+                f"{name}={getattr(owner, name)} must be positive; give it as measured, per second"
+            )
 
 
 # NVIDIA's data sheet of the H100 SXM5 80 GB: 989 TFLOP/s in dense bf16, 3.35 TB/s; NVLink 900 GB/s,

@@ -1,6 +1,7 @@
 """The cost model against values worked out by hand, and the command that prints it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from ecomoe import costing, few_slots, pieces
 from ecomoe.cli import main
 from ecomoe.cost_model import LayerShape, Work
 from ecomoe.device_cost import on_devices
-from ecomoe.machines import FITTED, Cluster, Fitted, Host, Machine, Operation
+from ecomoe.machines import FITTED, H100, Cluster, Fitted, Host, Machine, Operation
 
 # D=4, H=8, 2 experts, one a token: an expert has 2 * 4 * 8 = 64 weights.
 TINY = LayerShape(4, 8, num_experts=2, top_k=1, router_hidden=0)
@@ -284,6 +285,13 @@ def test_a_step_on_sixteen_devices_worked_out_by_hand():
     ("call", "message"),
     [
         (lambda: Machine(0.0, 1.0), "flops_per_second=0.0 must be positive"),
+        (lambda: Machine(1.0, float("nan")), "bytes_per_second=nan must be positive"),
+        (lambda: Host(1.0, 1.0, 0.0), "fresh_bytes_per_second=0.0 must be positive"),
+        (lambda: Host(1.0, 1.0, seconds_per_launch=-1.0), "seconds_per_launch=-1.0 must be 0 or"),
+        (lambda: Host(1.0, 1.0, seconds_per_product=float("inf")), "seconds_per_product=inf must"),
+        (lambda: replace(H100, inside=0.0), "inside=0.0 must be positive"),
+        (lambda: replace(H100, outside=-1.0), "outside=-1.0 must be positive"),
+        (lambda: replace(H100, node=0), "node=0 must be an int >= 1"),
         (lambda: LayerShape(4, 8, num_experts=0), "num_experts=0 must be an int >= 1"),
         (lambda: LayerShape(4, 8, num_experts=2, top_k=3), "top_k=3 must be <= num_experts=2"),
         (lambda: on_devices(TINY, tokens=10, devices=3), "devices=3 must divide"),
@@ -331,6 +339,29 @@ def test_command_prints_text(capsys):
 def test_command_says_what_is_missing(capsys):
     assert main(["cost", "--d-model", "64", *GIVEN]) == 1
     assert "--d-hidden is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "holds no JSON object"),
+        ("{", "holds no JSON object"),
+        ('{"n_embd": 64, "n_layer": 3.5}', "layers=3.5 must be an int >= 1"),
+        ('{"n_embd": 64, "n_layer": -2}', "layers=-2 must be an int >= 1"),
+    ],
+)
+def test_command_refuses_a_configuration(text, message, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    assert main(["cost", "--config", str(config), *GIVEN]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_command_says_which_configuration_is_missing(tmp_path, capsys):
+    assert main(["cost", "--config", str(tmp_path / "config.json"), *GIVEN]) == 1
+    told = capsys.readouterr().err
+    assert "config.json' does not exist" in told
+    assert "Monitor" not in told
 
 
 def test_machine_is_measured_where_it_is_not_given():
