@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +21,16 @@ from torch import Tensor, nn
 from ecomoe.calibration import measure_machine
 from tests.benchmarks.contenders import DTYPES, Beforehand, Forced, builders
 from tests.benchmarks.fit import constants_of
-from tests.benchmarks.results import RESULTS, Results
+from tests.benchmarks.results import TIME_IS_OVER, add_options, open_results, to_measure
 from tests.benchmarks.shapes import Shape, grid, quick
 from tests.benchmarks.timing import Contender, paired, quartiles, race
 
 KINDS = ("forward", "both")
+LEGEND = (
+    "times the dense FFN's time, forward + backward: median [quartiles] of paired calls; `routed` "
+    "is ecomoe with its routing decided beforehand and without losses, `products` the experts' "
+    "matrix products alone, evenly loaded"
+)
 
 
 def prepare(
@@ -142,53 +145,64 @@ def decided_beforehand(layer: nn.Module) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is asked for and not measured yet."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.layer", description=__doc__.split("\n")[0]
+    parser = options("python -m tests.benchmarks.layer")
+    run(parser, parser.parse_args(arguments))
+
+
+def options(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that measures shapes."""
+    parser = argparse.ArgumentParser(prog=command, description=__doc__.split("\n")[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--quick", action="store_true", help="the shapes the aims are stated for (the default)"
+    )
+    which.add_argument("--full", action="store_true", help="the whole grid: hours")
+    parser.add_argument(
+        "--shape", action="append", help="part of shapes' names, see --list; may be repeated"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the names, with --full of all shapes, and end"
     )
     add_options(parser)
     parser.add_argument("--compiled", action="store_true", help="compiled forms too (slow)")
-    parser.add_argument("--only", nargs="+", help="peers to measure, e.g. grouped_mm")
-    parser.add_argument("--per-shape", type=float, default=10.0, help="seconds a shape")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of a shape at least")
-    parser.add_argument("--most", type=int, default=100, help="rounds of a shape at most")
-    given = parser.parse_args(arguments)
-    run(given)
+    parser.add_argument("--only", nargs="+", help="peers to measure, e.g. grouped_mm (all)")
+    parser.add_argument("--per-shape", type=float, default=10.0, help="seconds a shape (10)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of a shape at least (8)")
+    parser.add_argument("--most", type=int, default=100, help="rounds of a shape at most (100)")
+    return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which shapes to measure, where, and for how long."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="the shapes the aims are stated for")
-    which.add_argument("--full", action="store_true", help="the whole grid: hours")
-    parser.add_argument("--shape", action="append", help="part of a shape's name; may be repeated")
-    parser.add_argument("--list", action="store_true", help="print the shapes' names, and end")
-    parser.add_argument("--again", action="store_true", help="measure what is measured already")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="JSON of the results")
-
-
-def run(given: argparse.Namespace) -> None:
+def run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Measure the shapes that the options ask for."""
-    shapes = grid() if given.full or given.shape else quick()
+    shapes = {each.name: each for each in (grid() if given.full or given.shape else quick())}
+    for part in given.shape or ():
+        if not any(part in name for name in shapes):
+            parser.error(
+                f"--shape {part} must be part of the name of one of the {len(shapes)} shapes of "
+                "the grid; --full --list prints them"
+            )
     if given.shape:
-        shapes = [each for each in shapes if any(part in each.name for part in given.shape)]
+        shapes = {
+            name: each for name, each in shapes.items() if any(part in name for part in given.shape)
+        }
     if given.list:
-        print("\n".join(each.name for each in shapes))
+        print("\n".join(shapes))
         return
     torch.set_num_threads(given.threads)
-    results = Results(given.out or RESULTS / f"{given.device}.json", device=given.device)
+    results = open_results(parser, given)
+    names = to_measure(shapes, () if given.again else results.layers, results)
+    if not names:
+        return
     for dtype in DTYPES:
         if dtype not in results.content.get("constants", {}) or given.again:
             results.add("constants", dtype, constants(dtype, given.device))
+    print(LEGEND, flush=True)
     began = time.perf_counter()
-    for shape in shapes:
-        if shape.name in results.layers and not given.again:
-            continue
+    for name in names:
         if time.perf_counter() - began > given.stop_after:
-            print("time is over: run the same command again to go on")
+            print(TIME_IS_OVER)
             return
+        shape = shapes[name]
         # Its own: the machine's speed drifts from shape to shape.
         measured = constants(shape.dtype, given.device)
         record = measure(
@@ -200,10 +214,10 @@ def run(given: argparse.Namespace) -> None:
             compiled=given.compiled,
             only=given.only,
         )
-        results.add_layer(shape.name, {**record, "constants": measured})
+        results.add_layer(name, {**record, "constants": measured})
         print(line(shape, record), flush=True)
         gc.collect()
-    print(f"wrote {results.path}")
+    print(f"wrote {len(names)} shapes to {results.path}")
 
 
 def constants(dtype: str, device: str) -> dict[str, float]:
@@ -213,11 +227,12 @@ def constants(dtype: str, device: str) -> dict[str, float]:
 
 def line(shape: Shape, record: dict[str, Any]) -> str:
     """Say a shape's results in one line: times over dense, forward and backward."""
+    dense = 1e3 * record["contenders"]["dense"]["both"]["seconds"][1]
     parts = []
     for name, found in record["contenders"].items():
         low, median, high = found["both"]["over_dense"]
         parts.append(f"{name} {median:.2f} [{low:.2f}, {high:.2f}]")
-    return f"{shape.name}: " + ", ".join(parts[1:])
+    return f"{shape.name}: dense {dense:,.3g} ms; times that: " + ", ".join(parts[1:])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 import ecomoe
 from ecomoe.schedule import Schedule
-from tests.benchmarks.layer import add_options
-from tests.benchmarks.results import RESULTS, Results
+from tests.benchmarks.results import TIME_IS_OVER, add_options, open_results, to_measure
 from tests.benchmarks.timing import now, quartiles
 
 PARTS = ("forward", "backward", "optimizer", "step")
@@ -134,35 +133,46 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tests.benchmarks.models", description=__doc__.split("\n")[0]
     )
     add_options(parser)
+    parser.add_argument("--quick", action="store_true", help="models of 4 layers, not of 12")
+    parser.add_argument("--list", action="store_true", help="print the models' names, and end")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--layers", type=int, help="layers; by default 4 with --quick, else 12")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds a model")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of a model at least")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
     layers = given.layers or (4 if given.quick else None)
-    results = Results(given.out or RESULTS / f"{given.device}.json", device=given.device)
+    asked = {
+        f"{name}-{layers or MODELS[name][1]}-layers-{dtype}": (name, dtype)
+        for name in given.model
+        for dtype in given.dtype
+    }
+    if given.list:
+        print("\n".join(asked))
+        return
+    torch.set_num_threads(given.threads)
+    results = open_results(parser, given)
     began = time.perf_counter()
-    for name in given.model:
-        for dtype in given.dtype:
-            key = f"{name}-{layers or MODELS[name][1]}-layers-{dtype}"
-            if key in results.content.get("models", {}) and not given.again:
-                continue
-            if time.perf_counter() - began > given.stop_after:
-                print("time is over: run the same command again to go on")
-                return
-            record = measure(
-                name,
-                layers=layers,
-                dtype=dtype,
-                device=torch.device(given.device),
-                seconds=given.seconds,
-                rounds=given.rounds,
-            )
-            results.add("models", key, record)
-            low, median, high = record["ecomoe"]["over_dense"]["step"]
-            print(f"{key}: step over dense {median:.2f} [{low:.2f}, {high:.2f}]", flush=True)
+    for key in to_measure(asked, () if given.again else results.content.get("models", {}), results):
+        if time.perf_counter() - began > given.stop_after:
+            print(TIME_IS_OVER)
+            return
+        name, dtype = asked[key]
+        record = measure(
+            name,
+            layers=layers,
+            dtype=dtype,
+            device=torch.device(given.device),
+            seconds=given.seconds,
+            rounds=given.rounds,
+        )
+        results.add("models", key, record)
+        low, median, high = record["ecomoe"]["over_dense"]["step"]
+        print(
+            f"{key}: a step takes {median:.2f} [{low:.2f}, {high:.2f}] of the dense twin's "
+            "(median and quartiles of paired steps)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from tests.benchmarks.results import RESULTS
 from tests.benchmarks.shapes import Shape
 
 DOCS = Path(__file__).parents[2] / "docs"
-COMMAND = "make bench"
 BY_HAND = "## Monitor"  # what follows this heading is not written here, and kept
 
 
@@ -93,11 +92,15 @@ def _setting(machine: dict[str, Any], machines: dict[str, Machine]) -> str:
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; "
         f"{machine.get('gpu', 'no GPU')}. {versions}. {machine['date']}. {setting(machines)}"
-        f"\n\nCommand: `{COMMAND}`; `python -m "
-        "tests.benchmarks.layer --full` for the whole grid, `--compiled` for compiled forms, "
-        "`python -m tests.benchmarks.gpu` on a GPU. Each round draws a new batch and a new "
-        "routing, which all contenders get in turn, the first in turn too: row counts are new in "
-        "every step, as in training. Gradients are None before each step."
+        "\n\nOn another machine `make bench` measures the shapes of the aims into "
+        "`runs/bench.json` and writes such a page, `runs/benchmarks.md`; results of two machines "
+        "are never mixed. This page's are of `python -m tests.benchmarks.layer` and `python -m "
+        "tests.benchmarks.models --quick`: `layer --full --list` prints the names of shapes, "
+        "`--shape NAME --again` measures one anew, `--full` the whole grid, `--compiled` compiled "
+        "forms too; `python -m tests.benchmarks.gpu` measures on a GPU."
+        "\n\nEach round draws a new batch and a new routing, which all contenders get in turn, the "
+        "first in turn too: row counts are new in every step, as in training. Gradients are None "
+        "before each step."
     )
 
 
@@ -279,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.out.exists():
         _, heading, by_hand = given.out.read_text().partition(BY_HAND)
     text = page(results, races, by_hand)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(text + "\n" + heading + by_hand if heading else text)
     given.out.with_suffix(".svg").write_text(ratios(results["layers"]))
     for name, race in races.items():

@@ -1,10 +1,15 @@
-"""The JSON file that benchmark results are kept in, with the machine they come from."""
+"""The JSON file that benchmark results are kept in, with the machine they come from.
+
+All results of a file come from one machine and one set of versions.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+from collections.abc import Container, Iterable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +18,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+TIME_IS_OVER = "time is over: run the same command again to go on"
+DAY = "date"  # of what `machine` returns, what results of one file may differ in
 
 
 class Results:
@@ -21,6 +28,9 @@ class Results:
     Args:
         path: The file; made with the first result.
         device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: The file's results come from another machine, or from other versions.
     """
 
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
@@ -28,7 +38,23 @@ class Results:
         self.content: dict[str, Any] = {}
         if path.exists():
             self.content = json.loads(path.read_text())
-        self.device = device
+        self.machine = machine(device)
+        was = self.content.get("machine", {})
+        # A package that is absent measured nothing, and is no other version.
+        here = {name: value for name, value in self.machine.items() if value is not None}
+        changed = [
+            f"{name} {was[name]}, here {value}"
+            for name, value in here.items()
+            if name != DAY and was.get(name) not in (None, value)
+        ]
+        if was and ("gpu" in was) != ("gpu" in here):
+            changed.append("gpu" if "gpu" in was else "no gpu")
+        if changed:
+            raise ValueError(
+                f"{path} holds results from elsewhere ({'; '.join(changed)}), and what is measured "
+                "here does not compare with them; keep it apart with --out runs/bench.json"
+            )
+        self.machine = {**was, **here}
 
     @property
     def layers(self) -> dict[str, Any]:
@@ -46,12 +72,51 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write the file, with the machine of the last result."""
-        self.content["machine"] = machine(self.device)
+        """Write the file, with the machine of all its results."""
+        self.content["machine"] = self.machine
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".part")
         aside.write_text(json.dumps(self.content, indent=1) + "\n")
         aside.replace(self.path)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says where to measure, for how long, and where the results are kept."""
+    parser.add_argument("--again", action="store_true", help="measure what is measured already")
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin nothing after so long; the same command goes on from there (endless)",
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where (cpu)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="one a core by default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON of the results, of one machine (tests/benchmarks/results/DEVICE.json)",
+    )
+
+
+def open_results(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Results:
+    """Return the results that the options name; end with their remedy where they do not fit."""
+    try:
+        return Results(given.out or RESULTS / f"{given.device}.json", device=given.device)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def to_measure(asked: Iterable[str], known: Container[str], results: Results) -> list[str]:
+    """Return the names that are not known yet; say so where none is left."""
+    names = list(asked)
+    left = [name for name in names if name not in known]
+    if not left:
+        print(
+            f"nothing to measure: all {len(names)} are in {results.path}; --again measures them "
+            "anew"
+        )
+    return left
 
 
 def machine(device: str) -> dict[str, Any]:
