@@ -22,7 +22,9 @@ ROUTER_BYTES = 4  # the router computes in fp32
 # How the layer goes through its slots on a CPU: some experts at a time in a batched product, or, of
 # few slots, all at once and none padded.
 PIECE = 8  # experts of a batched product at most
-FEW_OF_EXPERT = 8  # slots an expert up to which they are few, in 32 bits
+FEW_OF_EXPERT = 32  # slots an expert up to which they are few, in 32 bits
+FEW_IN_ALL = 4096  # slots in all beyond which they are not, where an expert has
+VERY_FEW_OF_EXPERT = 8  # more than so many
 FEW_IN_16_BITS = 8  # slots in all up to which they are few, in 16
 
 # glibc gives a block of this size back to the system when it is freed; the layer's own large ones
@@ -161,7 +163,8 @@ def _are_few(layer: LayerShape, *, tokens: int) -> bool:
     slots = tokens * layer.top_k
     if layer.itemsize < STATE_BYTES:
         return slots <= FEW_IN_16_BITS
-    return slots <= FEW_OF_EXPERT * layer.num_experts
+    most = min(FEW_OF_EXPERT * layer.num_experts, FEW_IN_ALL)
+    return slots <= max(most, VERY_FEW_OF_EXPERT * layer.num_experts)
 
 
 def _launches(layer: LayerShape, *, tokens: int) -> float:

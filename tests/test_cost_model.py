@@ -154,8 +154,8 @@ def test_fresh_memory():
 
 def test_constants_are_those_of_what_they_describe():
     assert pieces.BATCHES[0] == cost.PIECE
-    assert few_slots.FEW_OF_EXPERT == cost.FEW_OF_EXPERT
-    assert few_slots.FEW_IN_16_BITS == cost.FEW_IN_16_BITS
+    for name in ("FEW_OF_EXPERT", "FEW_IN_ALL", "VERY_FEW_OF_EXPERT", "FEW_IN_16_BITS"):
+        assert getattr(few_slots, name) == getattr(cost, name), name
     assert pieces.FRESH == cost.GIVEN_BACK
 
 
