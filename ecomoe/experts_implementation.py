@@ -107,7 +107,8 @@ def _check_loadable(name: str) -> None:
             is_deepgemm_loadable(raise_error=True)
     except ImportError as error:
         raise ValueError(
-            f"name={name!r} cannot be loaded here: {error} Pass None for the layer's own way"
+            f"name={name!r} cannot be loaded here: {str(error).rstrip('.')}; pass None for the "
+            "layer's own way"
         ) from error
 
 
