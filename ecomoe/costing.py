@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,64 @@ from ecomoe import cost_model as cost
 from ecomoe.cost_model import LayerShape, Work
 from ecomoe.device_cost import on_devices
 from ecomoe.machines import BLOCK_PASSES, H100, Cluster, Host, Machine
+from ecomoe.model_config import read_config
 
 ITEMSIZES = {"fp32": 4, "bf16": 2}
 EXPERTS = (64, 512, 4096)
 DEVICES = (8, 64, 1024)
 
-# The names that configurations of transformers give to a size.
-CONFIG_KEYS = {
-    "d_model": ("hidden_size", "n_embd", "d_model", "dim"),
-    "d_hidden": ("moe_intermediate_size", "intermediate_size", "n_inner", "d_ff"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
-    "top_k": ("num_experts_per_tok", "moe_top_k"),
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--config", type=Path, help="config.json of a model, for the sizes")
+    parser.add_argument(
+        "--config", type=Path, help="config.json of a model, or its folder, for what follows"
+    )
     parser.add_argument("--d-model", type=int, help="features of a token")
     parser.add_argument("--d-hidden", type=int, help="hidden features of an expert")
-    parser.add_argument("--experts", type=int, help="experts, 16 by default")
-    parser.add_argument("--top-k", type=int, help="experts a token, 2 by default")
-    parser.add_argument("--layers", type=int, help="such layers in the model, 1 by default")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step, on a device")
-    parser.add_argument("--gated", action="store_true", help="gated experts")
-    parser.add_argument("--dtype", choices=list(ITEMSIZES), default="bf16")
-    parser.add_argument("--router", choices=["mlp", "linear"], default="mlp")
+    parser.add_argument("--experts", type=int, help="experts (16)")
+    parser.add_argument("--top-k", type=int, help="experts a token (2)")
+    parser.add_argument("--layers", type=int, help="such layers in the model (1)")
+    parser.add_argument(
+        "--gated",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="gated experts, of three matrices (as --config says, else not)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of a step, on a device (4,096)"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(ITEMSIZES), default="bf16", help="of weights and tokens (bf16)"
+    )
+    parser.add_argument(
+        "--router",
+        choices=["mlp", "linear"],
+        default="mlp",
+        help="EcoMoE's own of 128 hidden features, or a matrix (mlp)",
+    )
     here = parser.add_argument_group("this machine (measured if not given)")
     here.add_argument("--gflops", type=float, help="GFLOP/s of its matrix products")
     here.add_argument("--gbytes", type=float, help="GB/s of its memory")
     here.add_argument("--fresh-gbytes", type=float, help="GB/s of memory that the system supplies")
     here.add_argument("--launch", type=float, help="microseconds of a launch in fp32")
-    here.add_argument("--product", type=float, help="microseconds of a product's, in the dtype")
+    here.add_argument(
+        "--product", type=float, help="microseconds of a small matrix product in the dtype"
+    )
     spread = parser.add_argument_group("many devices (an H100's data sheet by default)")
-    spread.add_argument("--spread", type=int, nargs="+", default=EXPERTS, metavar="EXPERTS")
-    spread.add_argument("--devices", type=int, nargs="+", default=DEVICES)
+    spread.add_argument(
+        "--spread",
+        type=_one_of("--spread 64 512"),
+        nargs="+",
+        metavar="EXPERTS",
+        help="numbers of experts to spread over the devices (the layer's own, 64, 512, 4,096)",
+    )
+    spread.add_argument(
+        "--devices",
+        type=_one_of("--devices 1 1024"),
+        nargs="+",
+        default=DEVICES,
+        help="numbers of devices (8 64 1024)",
+    )
     spread.add_argument("--device-tflops", type=float, help="TFLOP/s that a device reaches")
     spread.add_argument("--device-gbytes", type=float, help="GB/s of its memory")
     spread.add_argument("--inside", type=float, help="GB/s a device sends within its node")
@@ -57,13 +79,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
+def _one_of(example: str) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not int(text):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be a whole number >= 1; put spaces between several: {example}"
+            )
+        return int(text)
+
+    return number
+
+
 def run(given: argparse.Namespace) -> None:
     """Print what the options ask for.
 
     Raises:
         ValueError: A size is missing or breaks its rule.
     """
-    layer, layers = read_layer(given)
+    layer, layers, left_out = read_layer(given)
     machine = read_machine(given)
     found = costs(
         layer,
@@ -71,23 +104,24 @@ def run(given: argparse.Namespace) -> None:
         tokens=given.tokens,
         machine=machine,
         cluster=read_cluster(given),
-        experts=given.spread,
+        experts=spread_of(given, layer),
         devices=given.devices,
     )
+    found["left_out"] = left_out
     print(json.dumps(found) if given.json else "\n".join(lines(found)))
 
 
-def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
-    """Return the layer that the options or the configuration file describe, and how many."""
-    sizes = {name: getattr(given, name) for name in CONFIG_KEYS}
-    if given.config is not None:
-        config = _read_config(given.config)
-        for name, keys in CONFIG_KEYS.items():
-            known = [config[key] for key in keys if config.get(key) is not None]
-            if sizes[name] is None and known:
-                sizes[name] = known[0]
-        if sizes["d_hidden"] is None and sizes["d_model"] is not None:
-            sizes["d_hidden"] = 4 * sizes["d_model"]  # what transformers does for GPT-2
+def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int, list[str]]:
+    """Return the layer that the options or the configuration describe, how many, and what else.
+
+    The last is what the model has besides, and is not costed. An option goes before what the
+    configuration says.
+    """
+    said = read_config(given.config) if given.config is not None else None
+    sizes: dict[str, Any] = {
+        name: getattr(said, name, None) if getattr(given, name) is None else getattr(given, name)
+        for name in ("d_model", "d_hidden", "layers", "experts", "top_k", "gated")
+    }
     for name in ("d_model", "d_hidden"):
         if sizes[name] is None:
             option = name.replace("_", "-")
@@ -97,25 +131,27 @@ def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int]:
         sizes["d_hidden"],
         num_experts=16 if sizes["experts"] is None else sizes["experts"],
         top_k=2 if sizes["top_k"] is None else sizes["top_k"],
-        gated=given.gated,
+        gated=bool(sizes["gated"]),
         itemsize=ITEMSIZES[given.dtype],
         router_hidden=128 if given.router == "mlp" else 0,
     )
+    left_out = []
+    if said is not None and said.shared:
+        share = said.shared / (layer.top_k * layer.d_hidden)
+        left_out.append(
+            f"shared experts of {said.shared:,} hidden features in each layer ({share:.0%} of the "
+            "chosen experts' FLOPs on top, in the dense block as well)"
+        )
+    if said is not None and said.dense_layers and given.layers is None:
+        left_out.append(f"{said.dense_layers} layers with a dense block")
     layers = 1 if sizes["layers"] is None else sizes["layers"]
     cost.count("layers", layers)
-    return layer, layers
+    return layer, layers, left_out
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"--config: '{path}' does not exist; give a model's config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"--config: '{path}' holds no JSON object; give a model's config.json")
-    return config
+def spread_of(given: argparse.Namespace, layer: LayerShape) -> list[int]:
+    """Return the numbers of experts to spread over devices: the layer's own first."""
+    return list(given.spread or dict.fromkeys((layer.num_experts, *EXPERTS)))
 
 
 def read_machine(given: argparse.Namespace) -> Machine:
@@ -196,7 +232,17 @@ def costs(
         "cluster": cluster.name,
         "device_memory": cluster.memory,
         "spread": list(_spread(layer, layers, tokens, cluster, experts, devices)),
+        "uneven": [
+            [num_experts, count]
+            for num_experts in experts
+            for count in devices
+            if not _is_even(num_experts, count)
+        ],
     }
+
+
+def _is_even(num_experts: int, devices: int) -> bool:
+    return not (num_experts % devices and devices % num_experts)
 
 
 def _described(work: Work, machine: Machine) -> dict[str, float]:
@@ -214,6 +260,8 @@ def _spread(
     for num_experts in experts:
         wide = replace(layer, num_experts=num_experts)
         for count in devices:
+            if not _is_even(num_experts, count):
+                continue
             found = asdict(on_devices(wide, tokens=tokens, devices=count, cluster=cluster))
             for name in ("parameters", "memory", "sent", "reduced"):
                 found[name] *= layers
@@ -246,7 +294,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['over_dense']['forward']:.2f} in a forward pass, at "
         f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, {_time(machine['seconds_per_launch'])} a "
-        f"launch and {_time(machine['seconds_per_product'])} a product's",
+        f"launch and {_time(machine['seconds_per_product'])} a small product",
+        *(f"left out: {what}" for what in found["left_out"]),
         "",
         *device_lines(found),
     ]
@@ -268,6 +317,11 @@ def device_lines(found: dict[str, Any]) -> list[str]:
             f"{_time(row['compute']):>11}{_time(row['optimizer']):>11}"
             f"{_time(row['communication']):>11}{row['over_dense']:>12.2f}{full}"
         )
+    out += [
+        f"{experts:,} experts do not spread evenly over {devices:,} devices; --devices takes "
+        "divisors of them, or multiples"
+        for experts, devices in found["uneven"]
+    ]
     out.append("memory, sent and times are of one device in one step; ! is more than it has")
     return out
 

@@ -16,7 +16,7 @@ HEAVY = ["transformers", "timm", "rich", "plotly", "matplotlib", "scipy", "panda
 # From the bottom up: a module imports only from rows above its own in this list. A new module is
 # entered here. `ecomoe` is the package itself: its public names are for adapters and programs.
 LAYERS = [
-    {"arguments", "activations", "buffers", "machines", "tensor_arguments"},
+    {"arguments", "activations", "buffers", "machines", "model_config", "tensor_arguments"},
     {"control", "cost_model", "hooks", "pieces", "routing", "token_ids"},
     {"calibration", "device_cost"},
     {"costing"},

@@ -129,7 +129,7 @@ def _devices() -> str:
     parser = argparse.ArgumentParser()
     costing.add_arguments(parser)
     given = parser.parse_args([*EXAMPLE.split(), *HERE.split()])
-    layer, layers = costing.read_layer(given)
+    layer, layers, _ = costing.read_layer(given)
     cluster = costing.read_cluster(given)
     found: dict[str, Any] = costing.costs(
         layer,
@@ -137,7 +137,7 @@ def _devices() -> str:
         tokens=given.tokens,
         machine=costing.read_machine(given),
         cluster=cluster,
-        experts=given.spread,
+        experts=costing.spread_of(given, layer),
         devices=given.devices,
     )
     table = "\n".join(costing.device_lines(found))

@@ -1,0 +1,54 @@
+"""What is read of a model's configuration is what the model that is built of it has."""
+
+import pytest
+
+from ecomoe.model_config import model_config
+
+
+def test_a_dense_model_says_whether_its_blocks_are_gated():
+    llama = {"model_type": "llama", "hidden_size": 64, "hidden_act": "silu"}
+    found = model_config({**llama, "intermediate_size": 96, "num_hidden_layers": 3})
+    assert (found.gated, found.d_hidden, found.layers, found.experts) == (True, 96, 3, None)
+    assert not model_config({"model_type": "gpt2", "activation_function": "gelu_new"}).gated
+    assert model_config({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"}).gated
+    assert model_config({"feed_forward_proj": "gated-gelu"}).gated
+    assert not model_config({"feed_forward_proj": "relu"}).gated
+    assert not model_config({"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"}).gated
+
+
+@pytest.mark.parametrize(
+    ("said", "sparse"),
+    [
+        ({}, 8),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, 3),
+        ({"expert_layer_period": 4, "expert_layer_offset": 1}, 2),
+        ({"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 5}, 5),
+        ({"first_k_dense_replace": 2, "moe_layer_freq": 3}, 2),
+        ({"moe_layer_freq": [0] * 7 + [1]}, 1),
+        ({"moe_layers": [1, 3]}, 2),
+        ({"interleave_moe_layer_step": 2}, 4),
+        ({"moe_layer_start_index": 1, "moe_layer_end_index": 6, "moe_layer_interval": 2}, 3),
+    ],
+)
+def test_layers_without_experts_are_counted_apart(said, sparse):
+    found = model_config({"num_hidden_layers": 8, "num_experts": 4, **said})
+    assert (found.layers, found.dense_layers) == (sparse, 8 - sparse)
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "jamba", "qwen2_moe"]
+)
+def test_models_of_transformers_have_what_is_read(family):
+    families = pytest.importorskip("tests.families")
+    model = families.tiny_model(family)
+    blocks = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    blocks = [block for block in blocks if getattr(block.gate_up_proj, "ndim", 0) == 3]
+    num_experts, twice_hidden, d_model = blocks[0].gate_up_proj.shape
+    found = model_config(model.config.to_dict())
+    assert (found.d_model, 2 * found.d_hidden, found.experts, found.layers, found.gated) == (
+        d_model,
+        twice_hidden,
+        num_experts,
+        len(blocks),
+        True,
+    )
