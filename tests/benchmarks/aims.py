@@ -11,7 +11,7 @@ from typing import Any
 
 from ecomoe import cost_model
 from ecomoe.machines import Machine
-from tests.benchmarks.fit import layer_shape, predicted
+from tests.benchmarks.fit import WITHIN, balanced, error, layer_shape, predicted, rms_factor, within
 from tests.benchmarks.shapes import FEW, LONG, MANY, NARROW, Shape, grid
 
 Records = dict[str, dict[str, Any]]
@@ -22,6 +22,7 @@ OURS = "ecomoe"
 SAVED = 1.1  # bytes saved for backward over the dense FFN's, at most
 ROUTER = 0.05  # share of router, losses and schedule, at most
 SLOWER = 1.05  # time over the best lossless peer's, at most
+NAMED = 0.01  # the share from which on the router's scores are named among what is saved
 MONITOR = 1.0  # per cent of a training step, at most
 
 
@@ -74,6 +75,7 @@ def verdicts(records: Records, machines: dict[str, Machine]) -> list[Verdict]:
     found += _against_peers(records)
     found += _memory(records)
     found += _router(records)
+    found += _cost_model(records, machines)
     return [replace(verdict, reason="") if verdict.met else verdict for verdict in found]
 
 
@@ -154,18 +156,35 @@ def _within_limit(aim: Limit, records: Records, machines: dict[str, Machine]) ->
             record = records[shape.name]
             value = over_dense(record)
             reason = _reason(shape, record, machines[shape.dtype])
-            verdict = Verdict(
-                f"{text}: {described(shape)}", f"{value:.2f}", value <= aim.most, reason
+            yield Verdict(
+                f"{text}: {described(shape)}",
+                f"{value:.2f}{_beside(record)}",
+                value <= aim.most,
+                reason,
             )
-            yield verdict
-    missing = [shape.name for shape in shapes if shape.name not in records]
+    missing = [shape for shape in shapes if shape.name not in records]
     if missing and len(missing) < len(shapes):
         yield Verdict(
             f"{text}: the other shapes of {aim.which}",
             f"{len(shapes) - len(missing)} of {len(shapes)} measured",
             None,
-            "to measure: " + ", ".join(missing),
+            f"{len(missing)} to measure: `{_to_measure(missing)}`",
         )
+
+
+def _beside(record: dict[str, Any]) -> str:
+    """Say what transformers' `grouped_mm` takes of dense in the same rounds."""
+    if "grouped_mm" not in record["contenders"]:
+        return ""
+    return f" (`grouped_mm` {over_dense(record, 'grouped_mm'):.2f})"
+
+
+def _to_measure(missing: list[Shape]) -> str:
+    """Return the command that measures the shapes; those measured already are left as they are."""
+    parts = dict.fromkeys(
+        f"n{each.tokens}-d{each.d_model}-e{each.num_experts}-k{each.top_k}-" for each in missing
+    )
+    return "python -m tests.benchmarks.layer" + "".join(f" --shape {part}" for part in parts)
 
 
 def _flat_in_experts(records: Records, machines: dict[str, Machine]) -> list[Verdict]:
@@ -177,7 +196,9 @@ def _flat_in_experts(records: Records, machines: dict[str, Machine]) -> list[Ver
     return [
         Verdict(
             f"256 experts over 16, equal active FLOPs, {LONG.tokens:,} tokens: at most 1.5",
-            f"{paired:.2f} over dense, {alone:.2f} in seconds measured minutes apart",
+            f"{paired:.2f} by the ratios over dense, which a drift of the machine leaves alone; "
+            f"{alone:.2f} by seconds, which the dense twins' noise leaves alone, measured minutes "
+            f"apart: the greater one, {max(paired, alone):.2f}, decides",
             max(paired, alone) <= 1.5,
             _reason(MANY, many, machines["fp32"]),
         )
@@ -261,10 +282,11 @@ def _memory(records: Records) -> list[Verdict]:
 def saved_reason(record: dict[str, Any]) -> str:
     """Say what the bytes saved for backward are."""
     kept, dense = (record["contenders"][name]["saved_bytes"] for name in (OURS, "dense"))
+    scores = _scores_share(record)
     return (
         f"{kept / 1e3:,.0f} kB against {dense / 1e3:,.0f}: what is kept of the hidden layer has "
-        "room for the most rows that a routing may need, and "
-        f"{_scores_share(record):.0%} are the router's scores"
+        "room for the most rows that a routing may need"
+        + (f", and {scores:.0%} are the router's scores" if scores >= NAMED else "")
     )
 
 
@@ -294,7 +316,16 @@ def _router(records: Records) -> list[Verdict]:
                     f"(D >= 512{which})",
                     f"{min(shares.values()):.1%} to {shares[worst]:.1%}, "
                     f"{len(shares) - len(over)} of {len(shares)} within"
-                    + ("" if timed == len(shares) else f"; the schedule timed at {timed}"),
+                    + (
+                        " (a share below 0 is noise of the two timings)"
+                        * (min(shares.values()) < 0)
+                    )
+                    + (
+                        ""
+                        if timed == len(shares)
+                        else f"; {len(shares) - timed} were measured before the schedule was timed "
+                        "and hold router and losses alone"
+                    ),
                     not over,
                     f"{shares[worst] * _milliseconds(records[worst]):.1f} ms of "
                     f"{_milliseconds(records[worst]):.1f} ms at {worst}; all {len(over)} "
@@ -302,6 +333,31 @@ def _router(records: Records) -> list[Verdict]:
                 )
             )
     return found
+
+
+def _cost_model(records: Records, machines: dict[str, Machine]) -> list[Verdict]:
+    """Return whether the cost model comes near at every shape of evenly spread tokens."""
+    offs = {
+        (described(Shape(**record["shape"])), kind): error(
+            record, machines, training=kind == "forward + backward"
+        )
+        for record in balanced(records)
+        for kind in ("forward", "forward + backward")
+    }
+    if not offs:
+        return []
+    near = within(list(offs.values()))
+    worst = sorted(offs, key=lambda key: -abs(math.log1p(offs[key])))[:3]
+    listed = "; ".join(f"{offs[key]:+.0%} at {key[0]} ({key[1]})" for key in worst)
+    return [
+        Verdict(
+            f"cost model within {WITHIN:.0%} of the measured ratio over dense, at every shape",
+            f"{near} of {len(offs)} within, forward and forward + backward; typically off by a "
+            f"factor of {rms_factor(list(offs.values())):.2f}",
+            near == len(offs),
+            f"farthest off: {listed}; all, and why, [below](#the-cost-model)",
+        )
+    ]
 
 
 def _milliseconds(record: dict[str, Any]) -> float:

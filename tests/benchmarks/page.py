@@ -42,7 +42,8 @@ def page(results: dict[str, Any], races: dict[str, Any], by_hand: str = "") -> s
         "## The aims",
         "Times are forward + backward of the whole layer, router and losses included, over the "
         "dense FFN of equal active FLOPs unless a line says otherwise. Peers are blocks without "
-        "auxiliary losses.",
+        "auxiliary losses; `grouped_mm` beside a figure is transformers' Mixtral block in the same "
+        "rounds, over dense as well.",
         _table(
             ("aim", "measured", "", "why missed"),
             (
@@ -67,8 +68,8 @@ def page(results: dict[str, Any], races: dict[str, Any], by_hand: str = "") -> s
         "that this package is faster. *Model* is what the cost model predicts of forward + "
         "backward over dense. *Saved* is kept for backward, *peak* is by how much a first forward "
         "and backward pass raises the resident memory, gradients of all experts included; both "
-        "over the dense twin's. *Router* is the share "
-        "of router and losses in forward + backward.",
+        "over the dense twin's. *Router* is the share of router and losses in forward + backward: "
+        "below 0 where the noise of the two timings whose difference it is exceeds it.",
         _layers(records, machines),
         "![Time over the dense FFN](benchmarks.svg)",
         _left_out(records),
