@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecomoe.machines import Host
-from tests.benchmarks import fit, gpu, layer, models, shapes
+from tests.benchmarks import fit, gpu, layer, models, page, shapes
 from tests.benchmarks.results import RESULTS
 
 SMALL = shapes.Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
@@ -115,3 +115,24 @@ def test_make_bench_measures_apart_from_the_committed_results():
     assert len(commands) == 3
     assert all("$(BENCH)" in line for line in commands)
     assert "BENCH := runs/" in text
+
+
+def test_recomputation_is_measured_apart_and_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer, "constants", lambda dtype, device: CONSTANTS)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    path = tmp_path / "bench.json"
+    run_layer(path, "--shape", ONE_TOKEN, "--recompute")
+    results = json.loads(path.read_text())
+    assert "layers" not in results
+    contenders = results["recomputed"][ONE_TOKEN]["contenders"]
+    assert set(contenders) == {"dense", "ecomoe", "routed", "recomputed"}
+    # One token's 192 features of 4 bytes, and what a checkpoint keeps to draw as before.
+    kept = contenders["recomputed"]["saved_bytes"]
+    assert 192 * 4 <= kept < contenders["ecomoe"]["saved_bytes"]
+    capsys.readouterr()
+    run_layer(path, "--shape", ONE_TOKEN, "--recompute")
+    assert "nothing to measure" in capsys.readouterr().out
+    text = page._recomputed(results["recomputed"])
+    assert text.startswith("## Recomputation")
+    assert f"| {kept / 1e6:,.2f} |" in text
+    assert page._recomputed({}) == ""

@@ -77,6 +77,7 @@ def test_fit_prints_what_to_commit(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("FITTED = Fitted(launch=3, forward=0.0004, training=0.005, ")
     assert printed[1:] == [
+        "goes into ecomoe/machines.py in place of the line that begins so; how near it comes:",
         "forward + backward: 16 of 16 shapes within 25%",
         "forward: 16 of 16 shapes within 25%",
         "forward + backward, shapes left out: 16 of 16",

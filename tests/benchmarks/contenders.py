@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ecomoe
 from ecomoe.closed_form import linear_twice
@@ -252,8 +253,21 @@ def build_st_moe(shape: Shape) -> nn.Module:
     return Both()
 
 
+class Recomputed(nn.Module):
+    """A layer that keeps its input alone, and computes the rest again in the backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the layer's output (N, D)."""
+        y_ND: Tensor = checkpoint(self.layer, x_ND, use_reentrant=False)
+        return y_ND
+
+
 def builders(
-    shape: Shape, forced: Forced, *, compiled: bool
+    shape: Shape, forced: Forced, *, compiled: bool, recompute: bool = False
 ) -> dict[str, Callable[[], nn.Module] | str]:
     """Return how to build each contender, or why it is left out."""
     slot_weights = (3 if shape.gated else 2) * shape.d_model * shape.d_hidden
@@ -280,6 +294,8 @@ def builders(
         found["st_moe"] = "its dispatch tensor grows with the square of the tokens"
     if torch.cuda.is_available():  # what needs one
         found["ecomoe sonicmoe"] = lambda: build_delegated(shape, forced, "sonicmoe")
+    if recompute:
+        found["recomputed"] = lambda: Recomputed(build_ours(shape, forced))
     if compiled:
         found["dense compiled"] = lambda: torch.compile(DenseFFN(shape))  # type: ignore[return-value]
         found["ecomoe compiled"] = lambda: torch.compile(build_ours(shape, forced))  # type: ignore[return-value]

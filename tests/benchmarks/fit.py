@@ -193,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     fitted = fit(records, machines)
     values = ", ".join(f"{name}={value:.3g}" for name, value in asdict(fitted).items())
     print(f"FITTED = Fitted({values})")
+    print("goes into ecomoe/machines.py in place of the line that begins so; how near it comes:")
     tried = with_fitted(machines, fitted)
     for training in (True, False):
         offs = [error(each, tried, training=training) for each in records]

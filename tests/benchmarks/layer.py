@@ -29,19 +29,25 @@ KINDS = ("forward", "both")
 LEGEND = (
     "times the dense FFN's time, forward + backward: median [quartiles] of paired calls; `routed` "
     "is ecomoe with its routing decided beforehand and without losses, `products` the experts' "
-    "matrix products alone, evenly loaded"
+    "matrix products alone, evenly loaded, `recomputed` ecomoe under activation checkpointing"
 )
 
 
 def prepare(
-    shape: Shape, *, device: torch.device, compiled: bool, only: list[str] | None
+    shape: Shape,
+    *,
+    device: torch.device,
+    compiled: bool,
+    only: list[str] | None,
+    recompute: bool = False,
 ) -> tuple[list[Contender], dict[str, str], Callable[[], tuple[Tensor, Tensor]]]:
     """Return the contenders, dense and ours first, why others are left out, and what draws."""
     torch.manual_seed(0)
     forced, generator = Forced(), torch.Generator().manual_seed(0)
     dtype = DTYPES[shape.dtype]
     contenders, left_out = [], {}
-    for name, build in builders(shape, forced, compiled=compiled).items():
+    built = builders(shape, forced, compiled=compiled, recompute=recompute)
+    for name, build in built.items():
         if only is not None and name not in ("dense", "ecomoe", "products", *only):
             continue
         try:
@@ -86,9 +92,12 @@ def measure(
     most: int,
     compiled: bool,
     only: list[str] | None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Measure one shape; return its record."""
-    contenders, left_out, draw = prepare(shape, device=device, compiled=compiled, only=only)
+    contenders, left_out, draw = prepare(
+        shape, device=device, compiled=compiled, only=only, recompute=recompute
+    )
     dense, ours = contenders[:2]
     held = memory(contenders, draw)
     # The same layer with its routing decided beforehand, to tell the router's and losses' share.
@@ -166,6 +175,12 @@ def options(command: str) -> argparse.ArgumentParser:
     add_options(parser)
     parser.add_argument("--compiled", action="store_true", help="compiled forms too (slow)")
     parser.add_argument("--only", nargs="+", help="peers to measure, e.g. grouped_mm (all)")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="measure the layer under activation checkpointing beside itself and dense; kept apart "
+        "from what else is measured",
+    )
     parser.add_argument("--per-shape", type=float, default=10.0, help="seconds a shape (10)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of a shape at least (8)")
     parser.add_argument("--most", type=int, default=100, help="rounds of a shape at most (100)")
@@ -190,11 +205,14 @@ def run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         return
     torch.set_num_threads(given.threads)
     results = open_results(parser, given)
-    names = to_measure(shapes, () if given.again else results.layers, results)
+    part = "recomputed" if given.recompute else "layers"
+    known = () if given.again else results.content.get(part, {})
+    names = to_measure(shapes, known, results)
     if not names:
         return
     for dtype in DTYPES:
-        if dtype not in results.content.get("constants", {}) or given.again:
+        again = given.again and not given.recompute
+        if dtype not in results.content.get("constants", {}) or again:
             results.add("constants", dtype, constants(dtype, given.device))
     print(LEGEND, flush=True)
     began = time.perf_counter()
@@ -212,9 +230,10 @@ def run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
             fewest=given.rounds,
             most=given.most,
             compiled=given.compiled,
-            only=given.only,
+            only=["recomputed"] if given.recompute else given.only,
+            recompute=given.recompute,
         )
-        results.add_layer(name, {**record, "constants": measured})
+        results.add(part, name, {**record, "constants": measured})
         print(line(shape, record), flush=True)
         gc.collect()
     print(f"wrote {len(names)} shapes to {results.path}")

@@ -74,6 +74,7 @@ def page(results: dict[str, Any], races: dict[str, Any], by_hand: str = "") -> s
         "![Time over the dense FFN](benchmarks.svg)",
         _left_out(records),
         _compiled(records),
+        _recomputed(results.get("recomputed", {})),
         "## The cost model",
         cost_model(records, machines),
     ]
@@ -179,6 +180,35 @@ def _compiled(records: Records) -> str:
         "## Compiled\n\nForward + backward under `torch.compile` (Inductor) over the dense FFN as "
         "it is: `python -m tests.benchmarks.layer --compiled --again --shape NAME`.\n\n"
         + _table(heads, rows)
+    )
+
+
+def _recomputed(records: Records) -> str:
+    """Say what activation checkpointing of the layer saves and what it takes."""
+    rows = []
+    for record in records.values():
+        contenders = record["contenders"]
+        ours, dense, again = (contenders[name] for name in (OURS, "dense", "recomputed"))
+        rows.append(
+            [
+                described(Shape(**record["shape"])),
+                *(f"{each['saved_bytes'] / 1e6:,.2f}" for each in (dense, ours, again)),
+                f"{again['saved_bytes'] / dense['saved_bytes']:.2f}",
+                _spread(again["both"]["over_ecomoe"]),
+                _spread(ours["both"]["over_dense"]),
+                _spread(again["both"]["over_dense"]),
+            ]
+        )
+    if not rows:
+        return ""
+    heads = (
+        "shape", "saved, MB: dense", "ours", "ours, recomputed", "saved: recomputed / dense",
+        "time: recomputed / ours", "time: ours / dense", "time: recomputed / dense",
+    )  # fmt: skip
+    return (
+        "## Recomputation\n\nThe layer within `torch.utils.checkpoint` keeps its input alone and "
+        "runs forward twice. Optional: `python -m tests.benchmarks.layer --recompute --shape "
+        "NAME`.\n\n" + _table(heads, rows)
     )
 
 

@@ -56,18 +56,8 @@ class Results:
             )
         self.machine = {**was, **here}
 
-    @property
-    def layers(self) -> dict[str, Any]:
-        """The records of `tests.benchmarks.layer` by shape."""
-        return self.content.setdefault("layers", {})  # type: ignore[no-any-return]
-
-    def add_layer(self, name: str, record: dict[str, Any]) -> None:
-        """Keep a shape's record."""
-        self.layers[name] = record
-        self.write()
-
     def add(self, part: str, name: str, record: Any) -> None:
-        """Keep a record of another part."""
+        """Keep a record of a part: "layers", "models" and the like."""
         self.content.setdefault(part, {})[name] = record
         self.write()
 
