@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecomoe.machines import Host
-from tests.benchmarks import fit, gpu, layer, models, page, shapes
+from tests.benchmarks import fit, gpu, layer, models, page, race_page, shapes
 from tests.benchmarks.results import RESULTS
 
 SMALL = shapes.Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
@@ -136,3 +136,37 @@ def test_recomputation_is_measured_apart_and_told(tmp_path, monkeypatch, capsys)
     assert text.startswith("## Recomputation")
     assert f"| {kept / 1e6:,.2f} |" in text
     assert page._recomputed({}) == ""
+
+
+def test_a_race_says_how_far_off_and_what_its_time_is_spent_on(record):
+    plan = {"title": "ViT", "steps": 150, "learning_rate": 0.001, "d_model": 128}
+    plan["convert"] = {"layers": "every other"}
+    ends = {"dense": {"loss": 1.0}, "ecomoe": {"loss": 1.25}}
+    runs = {
+        str(seed): {"seed": seed, "result": {**ends, "reached": at}}
+        for seed, at in enumerate((0.9, 1.02, None))
+    }
+    race = {"plan": plan, "runs": runs}
+    assert race_page.how_far_off(race) == (
+        "1 of 3 seeds are won; seed 1 is there 2% of the twin's time late; "
+        "seed 2 ends +0.250 nats from the twin's last loss"
+    )
+    assert race_page.command("vit", race) == (
+        "python -m examples.race vit --data SOURCE --seeds 3 --steps 150 --learning-rate 0.001 "
+        '--d-model 128 --convert \'{"layers": "every other"}\''
+    )
+    seconds = {"forward": 0.3, "backward": 0.5, "optimizer": 0.2, "step": 1.0}
+    model = {"model": "vit-tiny", "layers": 4, "dtype": "fp32"}
+    model["dense"] = {"seconds": {part: [each] * 3 for part, each in seconds.items()}}
+    model["ecomoe"] = {"seconds": {part: [1.5 * each] * 3 for part, each in seconds.items()}}
+    near = json.loads(json.dumps(record))
+    near["shape"] = vars(shapes.LARGE)
+    near["schedule_seconds"] = 0.0
+    near["contenders"]["ecomoe"]["both"]["over_dense"] = [1.5] * 3
+    near["contenders"]["routed"]["both"]["over_ecomoe"] = [0.8] * 3
+    text = race_page.spent_on("vit", race, {"models": {"one": model}, "layers": {"near": near}})
+    assert "a step takes 500 ms beyond its twin's 1,000: the optimizer" in text
+    assert "weights, 100 ms; forward and backward 400 ms. In the layer alone (4,096 tokens" in text
+    assert "losses take 30% of the dense block's time on top" in text
+    assert "weights +20% of it" in text
+    assert race_page.spent_on("vit", race, {"layers": {}}) == ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ecomoe.machines import Machine
+from tests.benchmarks import race_page
 from tests.benchmarks.aims import (
     OURS,
     Records,
@@ -81,7 +82,7 @@ def page(results: dict[str, Any], races: dict[str, Any], by_hand: str = "") -> s
     if results.get("models"):
         parts += ["## Whole training steps", _models(results["models"])]
     if races:
-        parts += ["## The race", *_races(races)]
+        parts += ["## The race", *_races(races, results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -239,7 +240,7 @@ def _models(models: dict[str, Any]) -> str:
     )
 
 
-def _races(races: dict[str, Any]) -> Iterable[str]:
+def _races(races: dict[str, Any], results: dict[str, Any]) -> Iterable[str]:
     yield (
         "`python -m examples.race`: a model and its dense twin of equal active FLOPs, the same "
         "seeds and batches, their steps in turn in one process. *Reaches* is when the EcoMoE "
@@ -274,6 +275,11 @@ def _races(races: dict[str, Any]) -> Iterable[str]:
                 f"{name} {1e3 * spent:.0f} ms" for name, spent in race["pace"].items()
             )
             text += f" Seconds are steps times what a step takes on an idle machine: {steps}."
+        if "plan" in race:
+            text += (
+                f" {race['title']}: {race_page.how_far_off(race)}. "
+                f"{race_page.spent_on(name, race, results)}\n\n`{race_page.command(name, race)}`"
+            )
         yield text
 
 
