@@ -274,7 +274,11 @@ def _races(races: dict[str, Any], results: dict[str, Any]) -> Iterable[str]:
             steps = ", ".join(
                 f"{name} {1e3 * spent:.0f} ms" for name, spent in race["pace"].items()
             )
-            text += f" Seconds are steps times what a step takes on an idle machine: {steps}."
+            text += (
+                f" Seconds are steps times what a step takes on an idle machine: {steps}. That was "
+                "timed on models at their start, whose experts are evenly used; steps within a "
+                "race take longer of the sparse model, so the ratio flatters it."
+            )
         if "plan" in race:
             text += (
                 f" {race['title']}: {race_page.how_far_off(race)}. "
