@@ -59,7 +59,8 @@ def top_k_experts(scores_NE: Tensor, *, top_k: int) -> Tensor:
 def _best_two(scores_NE: Tensor) -> Tensor:
     """Return the ids of each token's best two experts; `topk` takes 2 to 3 times as long."""
     first_N1 = scores_NE.max(dim=-1, keepdim=True).indices
-    others_NE = scores_NE.scatter(-1, first_N1, -torch.inf)
+    lowest = -torch.inf if scores_NE.is_floating_point() else torch.iinfo(scores_NE.dtype).min
+    others_NE = scores_NE.scatter(-1, first_N1, lowest)
     second_N1 = others_NE.max(dim=-1, keepdim=True).indices
     # Where all others are -inf, the first may come again.
     second_N1 = torch.where(second_N1 == first_N1, (first_N1 + 1) % scores_NE.shape[1], second_N1)

@@ -236,3 +236,9 @@ class TestWarmUp:
         state = torch.get_rng_state()
         route(torch.randn(5, 4, generator=torch.Generator()), top_k=2, temperature=T1)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scores_may_be_whole_numbers_as_a_hash_is():
+    scores_NE = torch.stack([torch.randperm(5) - 2 for _ in range(3000)])
+    ids_NK = top_k_experts(scores_NE, top_k=2)
+    assert torch.equal(ids_NK, scores_NE.argsort(dim=-1, descending=True)[:, :2])
