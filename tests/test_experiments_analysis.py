@@ -29,6 +29,20 @@ def test_what_a_living_expert_tells():
     assert expert_information(counts, [True] * 500) < 0.2
 
 
+def test_patches_of_one_image_are_not_as_many_witnesses():
+    """400 images of 16 patches each, all of which go to an expert drawn without a look at them."""
+    torch.manual_seed(0)
+    labels_N = torch.randint(10, (400,)).repeat_interleave(16)
+    experts_N = torch.randint(8, (400,)).repeat_interleave(16)
+    joint_EC = torch.bincount(experts_N * 10 + labels_N, minlength=80).view(8, 10).float()
+    effective_E = joint_EC.sum(1) / 16
+    assert mutual_information(joint_EC)[0] > 0.05
+    found = mutual_information(joint_EC, effective_E=effective_E, samples=400)[0]
+    assert found < 0.04
+    each = expert_information(joint_EC, [True] * 8, effective_E=effective_E)
+    assert each < 0.04 < expert_information(joint_EC, [True] * 8)
+
+
 def test_mutual_information_of_independent_and_of_equal_variables():
     assert mutual_information(torch.ones(4, 4) * 1000)[1] < 1e-3
     assert mutual_information(torch.eye(4) * 1000)[1] > 0.99

@@ -37,6 +37,7 @@ class LayerCounts:
         self.top1_E, self.topk_E, self.correct_E, self.easy_E, self.hard_E = torch.zeros(5, experts)
         self.flow_TT = torch.zeros(tiers, tiers)
         self.joint_EC = torch.zeros(experts, labels)
+        self.squares_E, self.samples = torch.zeros(experts), 0
         self.ids_NK: Tensor | None = None
         self.predicted_N: Tensor | None = None
         self.probe_MD: Tensor | None = None
@@ -57,8 +58,13 @@ class LayerCounts:
         """Add the outcomes of the last forward pass."""
         assert self.ids_NK is not None
         first_N = self.ids_NK[:, 0]
-        if len(targets_N) != len(first_N):  # several tokens (patches) a sample
-            repeats = len(first_N) // len(targets_N)
+        first_BM = first_N.view(len(targets_N), -1)  # several tokens (patches) a sample in vision
+        counts_BE = torch.zeros(len(first_BM), len(self.top1_E))
+        counts_BE.scatter_add_(1, first_BM, torch.ones(first_BM.shape))
+        self.squares_E += counts_BE.square().sum(0)
+        self.samples += len(first_BM)
+        repeats = first_BM.shape[1]
+        if repeats > 1:
             labels_N, targets_N, correct_N, sure_N = (
                 values.repeat_interleave(repeats)
                 for values in (labels_N, targets_N, correct_N, sure_N)
@@ -108,7 +114,14 @@ class LayerCounts:
         by_tier = tier_sums(counts["top1"], layer.tiers)
         hard = ratios(tier_sums(self.hard_E.tolist(), layer.tiers), by_tier)
         easy = ratios(tier_sums(self.easy_E.tolist(), layer.tiers), by_tier)
-        information, normalised = mutual_information(self.joint_EC)
+        # Patches of one image go together: n of them tell as little as n^2 / sum(c^2) apart.
+        effective_E = self.top1_E.square() / self.squares_E.clamp_min(1)
+        information, normalised = mutual_information(
+            self.joint_EC, effective_E=effective_E, samples=self.samples
+        )
+        living = [
+            "DEAD" not in names for names in zip(category["top1"], category["topk"], strict=True)
+        ]
         return {
             "name": self.name,
             "num_experts": layer.num_experts,
@@ -130,7 +143,7 @@ class LayerCounts:
             "hard_gradient": hard_gradient(hard),
             "information": information,
             "information_of_living": expert_information(
-                self.joint_EC, [name != "DEAD" for name in category["topk"]]
+                self.joint_EC, living, effective_E=effective_E
             ),
             "specialisation": normalised,
             "redundancy": self.redundancy(category["topk"]),
@@ -153,49 +166,64 @@ class LayerCounts:
         return float((cosine_EE.sum() - cosine_EE.diagonal().sum()) / pairs)
 
 
-def mutual_information(joint: Tensor) -> tuple[float, float]:
-    """Return what rows say about columns: nats, and ``2 I / (H(rows) + H(columns))`` in [0, 1].
+def mutual_information(
+    joint_EC: Tensor, *, effective_E: Tensor | None = None, samples: int | None = None
+) -> tuple[float, float]:
+    """Return what experts say about labels: nats, and ``2 I / (H(experts) + H(labels))``, 0 to 1.
 
-    Counts of independent rows and columns share information by chance alone; its expectation
+    Counts of independent experts and labels share information by chance alone; its expectation
     (Miller and Madow) is subtracted.
+
+    Args:
+        joint_EC: Counts of tokens.
+        effective_E: Independent tokens of each expert; all of its tokens by default.
+        samples: Independent tokens in all; all of them by default.
 
     >>> mutual_information(torch.eye(2) * 1e6)[1] > 0.999
     True
     """
-    joint = joint.double()
-    total = joint.sum().clamp_min(1)
-    rows, columns = joint.sum(1), joint.sum(0)
-
-    def entropy(counts: Tensor) -> float:
-        return float(torch.special.entr(counts / total).sum())
-
-    chance = float(((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * total))
-    both = entropy(rows) + entropy(columns)
-    information = max(both - entropy(joint.flatten()) - chance, 0.0)
+    joint_EC = joint_EC.double()
+    share_E = joint_EC.sum(1) / joint_EC.sum().clamp_min(1)
+    share_C = joint_EC.sum(0) / joint_EC.sum().clamp_min(1)
+    told_E = _told(joint_EC, effective_E)
+    by_all = (int((share_C > 0).sum()) - 1) / (2 * max(samples or float(joint_EC.sum()), 1))
+    information = max(float((share_E * told_E).sum()) + by_all, 0.0)
+    both = float(torch.special.entr(share_E).sum() + torch.special.entr(share_C).sum())
     return information, 2 * information / both if both > 0 else 0.0
 
 
-def expert_information(joint_EC: Tensor, living: list[bool]) -> float:
+def expert_information(
+    joint_EC: Tensor, living: list[bool], *, effective_E: Tensor | None = None
+) -> float:
     """Return what a living expert's tokens say about the label, nats, the mean over those experts.
 
     An expert tells ``KL(p(label | expert) || p(label))``; weighed by usage, the sum over experts is
     the mutual information. Unweighed, it does not depend on how many experts share the tokens. What
     few tokens tell by chance, ``(C - 1) / 2n``, is subtracted.
 
+    Args:
+        joint_EC: Counts of tokens.
+        living: Experts that count.
+        effective_E: Independent tokens of each expert; all of its tokens by default.
+
     >>> round(expert_information(torch.eye(4) * 1e6, [True] * 4), 3) == round(math.log(4), 3)
     True
     """
-    joint_EC = joint_EC.double()
-    labels_C = joint_EC.sum(0)
-    joint_EC, labels_C = joint_EC[:, labels_C > 0], labels_C[labels_C > 0]
-    tokens_E = joint_EC.sum(1)
-    kept = torch.tensor(living) & (tokens_E > 0)
-    if not kept.any():
+    kept_E = torch.tensor(living) & (joint_EC.sum(1) > 0)
+    if not kept_E.any():
         return 0.0
-    given_EC = joint_EC[kept] / tokens_E[kept, None]
+    return max(float(_told(joint_EC, effective_E)[kept_E].mean()), 0.0)
+
+
+def _told(joint_EC: Tensor, effective_E: Tensor | None) -> Tensor:
+    """Return ``KL(p(label | expert) || p(label))`` less what is expected by chance, ``(E,)``."""
+    joint_EC = joint_EC.double()
+    labels_C, tokens_E = joint_EC.sum(0), joint_EC.sum(1)
+    joint_EC, labels_C = joint_EC[:, labels_C > 0], labels_C[labels_C > 0]
+    given_EC = joint_EC / tokens_E.clamp_min(1)[:, None]
     told_E = torch.special.xlogy(given_EC, given_EC * labels_C.sum() / labels_C).sum(1)
-    chance_E = (len(labels_C) - 1) / (2 * tokens_E[kept])
-    return float((told_E - chance_E).clamp_min(0.0).mean())
+    independent_E = tokens_E if effective_E is None else effective_E.double()
+    return told_E - (len(labels_C) - 1) / (2 * independent_E.clamp_min(1))
 
 
 @contextmanager
