@@ -6,9 +6,8 @@
 Both see the same batches, seed by seed, and step in turn in one process, so that a drift of the
 machine's speed meets both. Each has its own learning-rate schedule over its own number of steps: a
 sparse step takes longer, and a model that is stopped before its learning rate has come down is not
-at its best. Time is that of training steps alone, without evaluations. On a machine that is busy
-at times, measure what a step takes while it is idle (``--pace``): losses do not depend on the
-machine's load, and seconds are then steps times that.
+at its best. Time is that of the race's own training steps, without evaluations, so race on an idle
+machine. (A step of fresh models takes less than one of trained models: nobody starves yet.)
 
 A race that is cut off goes on where it stopped: results are in a JSON file, states beside it.
 """
@@ -305,30 +304,6 @@ def race(task: Task, seed: int, *, until: Callable[[], bool], state: Path) -> di
     }
 
 
-def pace(task: Task, *, rounds: int) -> dict[str, float]:
-    """Return the median seconds of a step of each model, their steps in turn."""
-    torch.manual_seed(0)
-    dense = task.build()
-    models = {"dense": dense, "ecomoe": sparse_twin(dense, task.plan)}
-    racers = {name: Racer(model, task, steps=1000) for name, model in models.items()}
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(rounds + 3):
-        batch = task.batch(generator)
-        for racer in racers.values():
-            racer.train(batch)
-    return {name: statistics.median(racer.seconds[3:]) for name, racer in racers.items()}
-
-
-def at_pace(found: dict[str, Any], paces: dict[str, float]) -> dict[str, Any]:
-    """Return a race as it would have gone at a pace: seconds are steps times a step's."""
-    curves = {
-        name: [{**point, "seconds": point["step"] * paces[name]} for point in found[name]]
-        for name in NAMES
-    }
-    ratio = paces["ecomoe"] / paces["dense"]
-    return {**found, **curves, "result": outcome(curves, step_over_dense=ratio)}
-
-
 def outcome(curves: dict[str, Any], *, step_over_dense: float) -> dict[str, Any]:
     """Return last losses and seconds, and when the sparse model was first as good as the twin."""
     goal = curves["dense"][-1]
@@ -356,7 +331,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--d-model", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--convert", type=json.loads, help="arguments of ecomoe.convert as JSON")
-    parser.add_argument("--pace", type=int, metavar="ROUNDS", help="measure a step's time alone")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="JSON, runs/race-TASK.json by default")
@@ -379,14 +353,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--out {out} holds a race of other sizes; name another file or remove it")
     content["title"] = f"{plan.title}, {task.data}"
     content["setting"] = setting(plan)
-    if given.pace is not None:
-        content["pace"] = pace(task, rounds=given.pace)
-        content["runs"] = {
-            seed: at_pace(found, content["pace"]) for seed, found in content["runs"].items()
-        }
-        write(out, content)
-        print(content["pace"])
-        return
     began = time.perf_counter()
     for seed in range(given.seeds):
         if str(seed) in content["runs"]:
@@ -400,8 +366,6 @@ def main(arguments: list[str] | None = None) -> None:
         if found is None:
             print("time is over: run the same command again to go on")
             return
-        if "pace" in content:
-            found = at_pace(found, content["pace"])
         content["runs"][str(seed)] = found
         write(out, content)
         print(told(found), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,16 +87,24 @@ def test_outcome_says_when_the_sparse_model_was_as_good():
     assert found["reached"] is None
 
 
-def test_at_a_pace_seconds_are_steps_times_it():
-    found = {"seed": 0, "dense": curve((10, 999, 2.0)), "ecomoe": curve((4, 1, 2.0))}
-    paced = race.at_pace(found, {"dense": 1.0, "ecomoe": 1.5})
-    assert paced["dense"][0]["seconds"] == 10.0
-    assert paced["result"]["reached"] == 4 * 1.5 / 10
-    assert paced["result"]["step_over_dense"] == 1.5
+def test_seconds_are_those_of_the_races_own_steps(task, tmp_path, monkeypatch):
+    """Experts that starve cost more than fresh ones do; evaluations are nobody's time."""
+    spent = {False: iter([1, 2, 2, 2, 2, 2]), True: iter([1, 4, 6, 8])}
+    now = 0.0
+    loss = task.loss
 
+    def timed(model, batch):
+        nonlocal now
+        sparse = any(isinstance(module, EcoMoE) for module in model.modules())
+        now += next(spent[sparse]) if model.training else 1000
+        return loss(model, batch)
 
-def test_pace_is_of_both_models(task):
-    assert set(race.pace(task, rounds=1)) == {"dense", "ecomoe"}
+    monkeypatch.setattr(task, "loss", timed)
+    monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = race.race(task, 0, until=never, state=tmp_path / "s.pt")
+    assert [point["seconds"] for point in found["ecomoe"]] == [1, 5, 11, 19]
+    assert found["result"]["dense"]["seconds"] == 11
+    assert found["result"]["step_over_dense"] == 5 / 2
 
 
 def test_command_writes_results_and_refuses_other_sizes(tmp_path, monkeypatch, capsys):

@@ -246,7 +246,7 @@ def _races(races: dict[str, Any], results: dict[str, Any]) -> Iterable[str]:
         "seeds and batches, their steps in turn in one process. *Reaches* is when the EcoMoE "
         "model's validation loss is first at the dense twin's last, in its own seconds of "
         "training, over the seconds that the twin took to its end; below 1 means that the race is "
-        "won."
+        "won. *step / dense* is the median of a race's own steps over that of the twin's."
     )
     rows = []
     for race in races.values():
@@ -270,15 +270,6 @@ def _races(races: dict[str, Any], results: dict[str, Any]) -> Iterable[str]:
     yield _table(heads, rows)
     for name, race in races.items():
         text = f"![Loss against seconds, {name}](race-{name}.svg)\n\n{race['setting']}"
-        if "pace" in race:
-            steps = ", ".join(
-                f"{name} {1e3 * spent:.0f} ms" for name, spent in race["pace"].items()
-            )
-            text += (
-                f" Seconds are steps times what a step takes on an idle machine: {steps}. That was "
-                "timed on models at their start, whose experts are evenly used; steps within a "
-                "race take longer of the sparse model, so the ratio flatters it."
-            )
         if "plan" in race:
             text += (
                 f" {race['title']}: {race_page.how_far_off(race)}. "
