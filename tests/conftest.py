@@ -13,3 +13,20 @@ settings.load_profile("ecomoe")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def record():
+    """Measure a small shape once, into such a record as the benchmark keeps."""
+    from tests.benchmarks import layer
+    from tests.benchmarks.shapes import Shape
+
+    return layer.measure(
+        Shape(64, 16, num_experts=4, top_k=2, d_hidden=8),
+        device=torch.device("cpu"),
+        seconds=0.0,
+        fewest=2,
+        most=2,
+        compiled=False,
+        only=["none"],
+    )

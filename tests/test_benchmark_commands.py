@@ -9,7 +9,6 @@ from ecomoe.machines import Host
 from tests.benchmarks import fit, gpu, layer, models, page, race_page, shapes
 from tests.benchmarks.results import RESULTS
 
-SMALL = shapes.Shape(64, 16, num_experts=4, top_k=2, d_hidden=8)
 CONSTANTS = fit.constants_of(Host(1e11, 1e10, 5e9, 5e-6, 6e-6))
 ONE_TOKEN = "n1-d192-e16-k2-f384-plain-fp32-balanced"
 
@@ -17,19 +16,6 @@ ONE_TOKEN = "n1-d192-e16-k2-f384-plain-fp32-balanced"
 def run_layer(path, *arguments):
     return layer.main(
         ["--out", str(path), "--per-shape", "0", "--rounds", "2", "--most", "2", *arguments]
-    )
-
-
-@pytest.fixture(scope="module")
-def record():
-    return layer.measure(
-        SMALL,
-        device=torch.device("cpu"),
-        seconds=0.0,
-        fewest=2,
-        most=2,
-        compiled=False,
-        only=["none"],
     )
 
 

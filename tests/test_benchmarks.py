@@ -115,19 +115,6 @@ def test_shapes_have_names_of_their_own():
     assert set(shapes.quick()) <= set(every)
 
 
-@pytest.fixture(scope="module")
-def record():
-    return layer.measure(
-        SMALL,
-        device=torch.device("cpu"),
-        seconds=0.0,
-        fewest=2,
-        most=2,
-        compiled=False,
-        only=["none"],
-    )
-
-
 def with_ratio(record, shape, ratio):
     """Return the record as if it were of a shape where the layer takes ``ratio`` of dense."""
     copied = json.loads(json.dumps(record))
