@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import ecomoe
 from ecomoe import EcoMoE
-from examples.balance_table import summary, tables
+from examples.balance_table import summary, tables, told
 from examples.data import Images, Text, load, standard_library
 from examples.experiments.data import blocks
 from examples.experiments.measure import Record, evaluate
@@ -68,14 +68,14 @@ class Size:
 SIZES = {
     "small": Size(
         images=12_000,
-        tests=1_500,
+        tests=3_000,
         pixels=16,
         patch=4,
         layers=4,
         width=96,
         hidden=96,
         context=128,
-        steps={"heads": 400, "vit": 200, "text": 400, "upcycle": 200},
+        steps={"heads": 400, "vit": 800, "text": 400, "upcycle": 200},
         batch={"heads": 64, "vit": 64, "text": 8, "upcycle": 8},
         test_tokens=12_000,
     ),
@@ -312,7 +312,7 @@ def run(
             "seconds": seconds,
             "parameters": sum(p.numel() for p in model.parameters()),
             **summary(history),
-            "history": [brief(record, total) for record in history],
+            "history": [{**brief(record, total), **told(record["layers"])} for record in history],
         }
     )
     write_json(done, result)

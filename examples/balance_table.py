@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -19,7 +20,6 @@ def summary(history: list[Record]) -> Record:
     found: Record = {"loss": last["loss"], "top1": last["top1"]}
     if not layers:
         return found
-    count = len(layers)
     living = [layer["num_experts"] - layer["dead"]["topk"] for layer in layers]
     overlaps = [layer["redundancy"] for layer in layers if layer["redundancy"] is not None]
     return found | {
@@ -29,15 +29,18 @@ def summary(history: list[Record]) -> Record:
             basis: max(record["dead"][basis] for record in history) for basis in ("top1", "topk")
         },
         "max_violation": max(layer["max_violation"]["topk"] for layer in layers),
-        "information": sum(layer["information"] for layer in layers) / count,
-        "specialisation": sum(layer["specialisation"] for layer in layers) / count,
-        "information_per_living": sum(
+        **told(layers),
+        "information_per_living": mean(
             layer["information"] / alive for layer, alive in zip(layers, living, strict=True)
-        )
-        / count,
-        "information_of_living": sum(layer["information_of_living"] for layer in layers) / count,
+        ),
         "redundancy": sum(overlaps) / len(overlaps) if overlaps else None,
     }
+
+
+def told(layers: list[Record]) -> Record:
+    """Return what experts tell of the label, means over layers."""
+    names = ("information", "specialisation", "information_of_living") if layers else ()
+    return {name: mean(layer[name] for layer in layers) for name in names}
 
 
 TITLE = "Mean over seeds ± sd; DEAD is summed over layers, worst of four evaluations"
