@@ -403,12 +403,11 @@ def check_gathered(model: nn.Module, name: str) -> Callable[[Tensor], None] | No
         model: What `ecomoe.aux_loss` was given.
         name: The layer's name in it.
     """
-    units = [
-        (unit_name, unit)
-        for unit_name, unit in model.named_modules()
-        if isinstance(unit, FSDPModule)
-        and f"{name}.".startswith(f"{unit_name}." if unit_name else "")
-    ]
+    # Those on the way down to the layer: a walk through all modules for each layer takes its time.
+    parts = name.split(".") if name else []
+    paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+    on_the_way = [(path, model.get_submodule(path)) for path in paths]
+    units = [(path, module) for path, module in on_the_way if isinstance(module, FSDPModule)]
     if not units:
         return None
 

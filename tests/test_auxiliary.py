@@ -354,3 +354,20 @@ class TestWarnings:
 def test_no_model():
     with pytest.raises(ValueError, match=r"model=None must be an nn\.Module; pass"):
         ecomoe.aux_loss(None)
+
+
+def test_the_model_is_walked_once_however_many_layers_it_has(monkeypatch):
+    import torch.distributed.fsdp  # with which each layer is asked for the units that it is in
+
+    model = Classifier()
+    model(batch()[0])
+    walked = []
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(self, *arguments, **keywords):
+        walked.append(self)
+        return named_modules(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    ecomoe.aux_loss(model).backward()
+    assert sum(module is model for module in walked) == 1
