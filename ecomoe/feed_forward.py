@@ -36,12 +36,6 @@ from ecomoe.pieces import (
 )
 
 
-def kept_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Return how many rows of pre-activations a backward pass of so many slots needs."""
-    most = most_rows(num_slots, num_experts, dtype)
-    return torch.sym_ite(are_few(num_slots, num_experts, dtype), num_slots, most)
-
-
 def _forward(
     x_ND: Tensor,
     gates_NK: Tensor | None,
@@ -63,26 +57,28 @@ def _forward(
         return y_NF, pre_SG if keep else pre_SG.new_empty(0, width)
     layout = Layout(ends_E, x_ND.dtype)
     most = most_rows(num_slots, num_experts, x_ND.dtype)
-    pre_RG = buffers.empty(x_ND, (most if keep else 0, width))
+    pre_SG = buffers.empty(x_ND, (num_slots if keep else 0, width))
     y_RF = buffers.empty(x_ND, (most, down_EFH.shape[1]))
     tokens_R = (order_S // top_k)[layout.slots_R]
     x, pre, hidden = (layout.spare_memory(x_ND, each) for each in (x_ND.shape[1], width, d_hidden))
     for piece in layout.pieces:
         own = piece.experts
         x_BPD = piece.take(x_ND, tokens_R, x)
-        pre_BPG = piece.of(pre_RG) if keep else piece.spare(pre, width)
+        pre_BPG = piece.spare(pre, width)
         affine(x_BPD, up_EGD[own], of_experts(up_bias_EG, own), out=pre_BPG)
+        if keep:
+            piece.put(pre_BPG, layout.rows_S, pre_SG)
         hidden_BPH = activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
         affine(hidden_BPH, down_EFH[own], of_experts(down_bias_EF, own), out=piece.of(y_RF))
-    return sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_RG
+    return sum_of_rows(y_RF, layout.rows_of(order_S), gates_NK), pre_SG
 
 
-_feed_forward = torch.library.custom_op("ecomoe::sparse_feed_forward", _forward, mutates_args=())
+_feed_forward = torch.library.custom_op("ecomoe::routed_feed_forward", _forward, mutates_args=())
 
 
 @_feed_forward.register_fake
 def _(x_ND, gates_NK, up_EGD, up_bias, down_EFH, down_bias, order_S, ends_E, activation, keep):  # type: ignore[no-untyped-def]
-    rows = kept_rows(order_S.shape[0], up_EGD.shape[0], x_ND.dtype) if keep else 0
+    rows = order_S.shape[0] if keep else 0
     y_NF = x_ND.new_empty(x_ND.shape[0], down_EFH.shape[1])
     return y_NF, x_ND.new_empty(rows, up_EGD.shape[1])
 
@@ -91,7 +87,7 @@ def _backward(
     grad_NF: Tensor,
     x_ND: Tensor,
     gates_NK: Tensor | None,
-    pre_RG: Tensor,
+    pre_SG: Tensor,
     up_EGD: Tensor,
     down_EFH: Tensor,
     down_bias_EF: Tensor | None,
@@ -106,7 +102,7 @@ def _backward(
     """
     num_experts, d_model, d_hidden = up_EGD.shape[0], x_ND.shape[1], down_EFH.shape[2]
     if are_few(order_S.shape[0], num_experts, x_ND.dtype):
-        operands = x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias_EF
+        operands = x_ND, gates_NK, pre_SG, up_EGD, down_EFH, down_bias_EF
         return backward_few(grad_NF, *operands, order_S, ends_E, activation, has_biases)
     gated = up_EGD.shape[1] != d_hidden
     top_k = 1 if gates_NK is None else gates_NK.shape[1]
@@ -130,12 +126,13 @@ def _backward(
     widths = d_model, d_hidden, d_hidden, grad_NF.shape[1]
     spare = partial(layout.spare_memory, x_ND)
     inner, hidden, slope, outer = map(spare, widths)
+    pre = spare(up_EGD.shape[1])
     joined = spare(up_EGD.shape[1]) if gated else slope
     groups = math.gcd(d_hidden, 16)
     for piece in layout.pieces:
         own = piece.experts
         gates_BP1 = piece.of(gates_R1)
-        pre_BPG = piece.of(pre_RG)
+        pre_BPG = piece.take(pre_SG, layout.slots_R, pre)
         grad_BPF = piece.take(grad_NF, tokens_R, outer)
         hidden_BPH = activate(pre_BPG, activation, out=piece.spare(hidden, d_hidden))
         slope_BPH = product(grad_BPF, down_EFH[own], out=piece.spare(slope, d_hidden))
@@ -170,12 +167,12 @@ def _backward(
 
 
 _feed_forward_backward = torch.library.custom_op(
-    "ecomoe::sparse_feed_forward_backward", _backward, mutates_args=()
+    "ecomoe::routed_feed_forward_backward", _backward, mutates_args=()
 )
 
 
 @_feed_forward_backward.register_fake
-def _(grad_NF, x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias, order, ends, name, has_biases):  # type: ignore[no-untyped-def]
+def _(grad_NF, x_ND, gates_NK, pre_SG, up_EGD, down_EFH, down_bias, order, ends, name, has_biases):  # type: ignore[no-untyped-def]
     num_biases = up_EGD.shape[0] if has_biases else 0
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     return (
@@ -218,16 +215,16 @@ def composed(
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.activation, _ = inputs
-    _, pre_RG = output
-    ctx.mark_non_differentiable(pre_RG)
+    _, pre_SG = output
+    ctx.mark_non_differentiable(pre_SG)
     ctx.set_materialize_grads(False)  # one of zeros for the pre-activations would be written
-    ctx.save_for_backward(pre_RG, *tensors)
+    ctx.save_for_backward(pre_SG, *tensors)
 
 
 def _differentiate(ctx, grad_NF: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     if grad_NF is None:
         return (None,) * 10
-    pre_RG, *tensors = ctx.saved_tensors
+    pre_SG, *tensors = ctx.saved_tensors
     x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, order_S, ends_E = tensors
     if torch.is_grad_enabled():  # by create_graph=True
         gradients = _differentiable_gradients(grad_NF, tensors, ctx.activation)
@@ -239,7 +236,7 @@ def _differentiate(ctx, grad_NF: Tensor | None, _: None):  # type: ignore[no-unt
             grad_NF,
             x_ND,
             gates_NK,
-            pre_RG,
+            pre_SG,
             up_EGD,
             down_EFH,
             down_bias_EF,
@@ -304,8 +301,8 @@ def feed_forward(
     """Return the gate-weighted sum of each token's experts ``(N, F)``, and the pre-activations.
 
     Without gates, a token has one expert, whose output it gets. The layer is gated where ``up_EGD``
-    gives twice the features that ``down_EFH`` takes. The pre-activations ``(R, G)`` have no rows
-    unless they are to be kept for a backward pass, else as many as any routing may need.
+    gives twice the features that ``down_EFH`` takes. The pre-activations ``(S, G)`` have no rows
+    unless they are to be kept for a backward pass.
     """
     operands = x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF
     compute = _forward

@@ -107,6 +107,12 @@ class Piece:
                 rows_BPX[index].zero_()
         return rows_BPX
 
+    def put(self, rows_BPX: Tensor, rows_S: Tensor, target_SX: Tensor) -> None:
+        """Write its experts' rows into those of sorted slots, whose rows among all are given."""
+        own = slice(self.spans[0][0], self.spans[-1][1])
+        index_S = rows_S[own] - self.begin
+        torch.index_select(rows_BPX.flatten(0, 1), 0, index_S, out=target_SX[own])
+
 
 class Layout:
     """Which row of which piece is which slot's.

@@ -71,7 +71,7 @@ def one_by_one(x_ND, gates_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF, plan,
 
 
 # The same, with and without the operator that tracers see.
-WAYS = {"untraced": feed_forward, "operator": torch.ops.ecomoe.sparse_feed_forward}
+WAYS = {"untraced": feed_forward, "operator": torch.ops.ecomoe.routed_feed_forward}
 
 
 class TestAgainstSingleExperts:
@@ -124,12 +124,12 @@ class TestAgainstSingleExperts:
 
     def test_without_a_backward_pass_nothing_is_kept(self):
         inputs, plan = operands(SIZES[3])
-        y_NF, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
-        assert pre_RG.shape[0] >= 2600
+        y_NF, pre_SG = feed_forward(*inputs, *plan, "gelu", True)
+        assert pre_SG.shape == (2600, 4)
         with torch.no_grad():
-            alone_NF, none_RG = feed_forward(*inputs, *plan, "gelu", False)
+            alone_NF, none_SG = feed_forward(*inputs, *plan, "gelu", False)
         assert torch.equal(alone_NF, y_NF)
-        assert none_RG.shape == (0, 4)
+        assert none_SG.shape == (0, 4)
 
     @pytest.mark.parametrize("counts", [[0, 0], [0, 2, 0], [2, 1, 0, 1], [3, 0, 5]])
     @pytest.mark.parametrize("top_k", [None, 1, 2])
@@ -154,16 +154,16 @@ class TestAgainstSingleExperts:
         inputs = [None if t is None else t.detach() for t in inputs]
         for keep in (False, True):
             torch.library.opcheck(
-                torch.ops.ecomoe.sparse_feed_forward.default,
+                torch.ops.ecomoe.routed_feed_forward.default,
                 (*inputs, *plan, "gelu", keep),
                 test_utils=("test_schema", "test_faketensor"),
             )
         x_ND, gates_NK, up_EGD, _, down_EFH, down_bias_EF = inputs
-        y_NF, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
+        y_NF, pre_SG = feed_forward(*inputs, *plan, "gelu", True)
         for has_biases in (False, True):
-            operators = x_ND, gates_NK, pre_RG, up_EGD, down_EFH, down_bias_EF
+            operators = x_ND, gates_NK, pre_SG, up_EGD, down_EFH, down_bias_EF
             torch.library.opcheck(
-                torch.ops.ecomoe.sparse_feed_forward_backward.default,
+                torch.ops.ecomoe.routed_feed_forward_backward.default,
                 (y_NF, *operators, *plan, "gelu", has_biases),
                 test_utils=("test_schema", "test_faketensor"),
             )
@@ -180,8 +180,8 @@ class TestFewSlots:
         inputs, plan = operands((4, 3, 4, counts), dtype=dtype)
         assert are_few(few, 3, dtype)
         assert not are_few(few + 1, 3, dtype)
-        _, pre_RG = feed_forward(*inputs, *plan, "gelu", True)
-        assert (pre_RG.shape[0] == few + extra) == (extra == 0)
+        _, pre_SG = feed_forward(*inputs, *plan, "gelu", True)
+        assert pre_SG.shape == (few + extra, 3)
 
     @pytest.mark.parametrize("counts", [[0, 2, 0, 0, 0, 0, 0, 0, 0], [1, 3, 1, 2, 0, 1]])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,7 +268,7 @@ def test_who_looks_sees_one_operator():
         with Names():
             feed_forward(*inputs, *plan, "gelu", True)[0].sum().backward()
         own = [name for name in seen if name.startswith("ecomoe")]
-        assert own == ["ecomoe::sparse_feed_forward", "ecomoe::sparse_feed_forward_backward"]
+        assert own == ["ecomoe::routed_feed_forward", "ecomoe::routed_feed_forward_backward"]
         assert not any("mm" in name for name in seen)
 
 

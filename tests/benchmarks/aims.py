@@ -22,7 +22,6 @@ OURS = "ecomoe"
 SAVED = 1.1  # bytes saved for backward over the dense FFN's, at most
 ROUTER = 0.05  # share of router, losses and schedule, at most
 SLOWER = 1.05  # time over the best lossless peer's, at most
-NAMED = 0.01  # the share from which on the router's scores are named among what is saved
 MONITOR = 1.0  # per cent of a training step, at most
 
 
@@ -282,19 +281,16 @@ def _memory(records: Records) -> list[Verdict]:
 def saved_reason(record: dict[str, Any]) -> str:
     """Say what the bytes saved for backward are."""
     kept, dense = (record["contenders"][name]["saved_bytes"] for name in (OURS, "dense"))
-    scores = _scores_share(record)
+    shape = Shape(**record["shape"])
+    layer = layer_shape(shape)
+    hidden = layer.top_k * (layer.matrices - 1) * layer.d_hidden
+    of_experts = shape.tokens * (layer.d_model + hidden) * layer.itemsize
+    scores = shape.tokens * layer.num_experts * cost_model.ROUTER_BYTES
     return (
-        f"{kept / 1e3:,.0f} kB against {dense / 1e3:,.0f}: what is kept of the hidden layer has "
-        "room for the most rows that a routing may need"
-        + (f", and {scores:.0%} are the router's scores" if scores >= NAMED else "")
+        f"{kept / 1e3:,.0f} kB against {dense / 1e3:,.0f}: tokens and their slots' pre-activations "
+        f"take {of_experts / 1e3:,.0f} kB, each of the router's matrices of scores "
+        f"{scores / 1e3:,.0f}"
     )
-
-
-def _scores_share(record: dict[str, Any]) -> float:
-    """Return the share of one matrix of scores, fp32, in the bytes that the layer saves."""
-    shape = record["shape"]
-    scores = 4 * shape["tokens"] * shape["num_experts"]
-    return float(scores / record["contenders"][OURS]["saved_bytes"])
 
 
 def _router(records: Records) -> list[Verdict]:
