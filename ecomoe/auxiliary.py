@@ -112,7 +112,7 @@ class AuxiliarySlot:
         self._pending: Tensor | None = None
         self._num_tokens: Tensor | None = None
         self._num_calls = 0
-        self._read = False
+        self._taken: tuple[Tensor, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[AuxiliarySlot], tuple[()]]:
         return AuxiliarySlot, ()
@@ -187,10 +187,15 @@ class AuxiliarySlot:
             on_gradient: Called in the backward pass, just before it enters the layer.
         """
         if self._pending is not None and self._num_tokens is not None:
-            self._read = True
-            if on_gradient is not None and self._pending.requires_grad:
-                self._pending.register_hook(on_gradient)
-            return self._pending / self._num_tokens.clamp_min(1.0)
+            # Set aside: the next call finds the slot as the first did, and needs no other graph.
+            taken = self._pending, self._num_tokens
+            self._clear_traced()
+            self._taken = taken
+        if self._taken is not None:
+            pending, tokens = self._taken
+            if on_gradient is not None and pending.requires_grad:
+                pending.register_hook(on_gradient)
+            return pending / tokens.clamp_min(1.0)
         if _is_traced():
             return None
         alive = [call for call in (reference() for reference in self._calls) if call is not None]
@@ -216,8 +221,9 @@ class AuxiliarySlot:
         What the graph of such a function owns cannot be told, nor when it is used up.
         """
         compiling = torch.compiler.is_compiling()
-        if self._read or (not compiling and _is_left_over(self._pending)):
+        if not compiling and _is_left_over(self._pending):
             self._clear_traced()
+        self._taken = None
         weighted = loss * num_tokens
         tokens = loss.new_full((), num_tokens)
         # By the number of calls, since the compiler warns where it meets an earlier call's tensor.

@@ -321,6 +321,28 @@ def test_page_has_compiled_forms_where_they_were_measured(record):
     assert "| 0.80 [0.80, 0.80] | 1.50 [1.50, 1.50] | 0.90 [0.90, 0.90] |" in text
 
 
+def test_a_shape_that_is_measured_compiled_counts_towards_its_own_limit_alone():
+    """Past the compiler's limit of graphs, contenders would run as they are."""
+    graphs = []
+
+    @torch.compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    def earlier(x):
+        return x + 1
+
+    for number in (1, 2):
+        earlier(torch.ones(1))
+        assert len(graphs) == number
+        layer.measure(
+            SMALL,
+            device=torch.device("cpu"),
+            seconds=0.0,
+            fewest=2,
+            most=2,
+            compiled=True,
+            only=["none"],
+        )
+
+
 def test_page_keeps_what_was_written_by_hand(record, tmp_path):
     results = {
         "machine": {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"},

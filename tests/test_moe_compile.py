@@ -181,6 +181,62 @@ class TestLayer:
         assert counter.frame_count <= MAX_GRAPHS
 
 
+class TestGraphs:
+    """The first step's graph serves the later ones: what was read leaves nothing to guard."""
+
+    @staticmethod
+    def steps(layers, compiled, *, num_steps=3):
+        for _ in range(num_steps):
+            inputs = [torch.randn(9, layer.d_model) for layer in layers]
+            outputs = [forward(x) for forward, x in zip(compiled, inputs, strict=True)]
+            loss = sum(y.square().sum() for y in outputs) + ecomoe.aux_loss(nn.ModuleList(layers))
+            loss.backward()
+
+    @pytest.mark.parametrize("depth", [2, pytest.param(24, marks=pytest.mark.slow)])
+    def test_a_model_of_many_layers_is_one_graph(self, depth):
+        model = nn.Sequential(*(EcoMoE(8, 8, tiers=(4,)) for _ in range(depth)))
+        model.d_model = 8
+        counter = CompileCounterWithBackend("eager")
+        self.steps([model], [torch.compile(model, fullgraph=True, backend=counter)])
+        assert counter.frame_count == 1
+
+    def test_24_layers_compiled_one_by_one_share_one(self):
+        layers = [EcoMoE(8, 8, tiers=(4,)) for _ in range(24)]
+        counter = CompileCounterWithBackend("eager")
+        self.steps(layers, [torch.compile(m, fullgraph=True, backend=counter) for m in layers])
+        assert counter.frame_count == 1
+
+    def test_shapes_have_one_each_up_to_the_compilers_limit(self):
+        widths = range(8, 8 + torch._dynamo.config.recompile_limit)
+        layers = [EcoMoE(width, 8, tiers=(4,)) for width in widths]
+        counter = CompileCounterWithBackend("eager")
+        self.steps(layers, [torch.compile(m, fullgraph=True, backend=counter) for m in layers])
+        assert counter.frame_count == len(layers)
+
+    def test_a_step_that_reads_the_loss_within_the_graph(self):
+        layer, eager = build("plain", torch.float32)
+        counter = CompileCounterWithBackend("eager")
+
+        @torch.compile(fullgraph=True, backend=counter)
+        def loss_of(x):
+            return layer(x).square().sum() + ecomoe.aux_loss(layer)
+
+        for x in torch.randn(3, 9, 8):
+            expected = eager(x).square().sum() + ecomoe.aux_loss(eager)
+            assert_near(loss_of(x), expected, torch.float32)
+        assert counter.frame_count == 1
+
+    def test_a_loss_that_was_read_can_be_read_again(self):
+        layer, eager = build("plain", torch.float32)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for x in torch.randn(3, 9, 8):
+            compiled(x), eager(x)
+            first, again = ecomoe.aux_loss(layer), ecomoe.aux_loss(layer)
+            assert_near(first, ecomoe.aux_loss(eager), torch.float32)
+            assert torch.equal(first, again)
+            again.backward()
+
+
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()

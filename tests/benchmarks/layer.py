@@ -95,6 +95,9 @@ def measure(
     recompute: bool = False,
 ) -> dict[str, Any]:
     """Measure one shape; return its record."""
+    if compiled:
+        # The compiler counts the graphs of all shapes, and past its limit compiles no more.
+        torch.compiler.reset()
     contenders, left_out, draw = prepare(
         shape, device=device, compiled=compiled, only=only, recompute=recompute
     )
