@@ -68,6 +68,8 @@ class LayerShape:
         gated: Whether experts are gated: three matrices in place of two.
         itemsize: Bytes of a weight and of an activation.
         router_hidden: Hidden features of the router, 128 for ``router="mlp"``, 0 for ``"linear"``.
+        shared_hidden: Hidden features of experts that every token takes besides, which models of
+            others have; 0 for none.
 
     Raises:
         ValueError: A size breaks its rule.
@@ -80,10 +82,12 @@ class LayerShape:
     gated: bool = False
     itemsize: int = 4
     router_hidden: int = 128
+    shared_hidden: int = 0
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_hidden", "num_experts", "itemsize"):
             count(name, getattr(self, name))
+        count("shared_hidden", self.shared_hidden, least=0)
         arguments.experts_per_token(self.top_k, num_experts=self.num_experts)
 
     @property
@@ -108,11 +112,26 @@ class LayerShape:
         return self.router_hidden * (self.d_model + self.num_experts)
 
     @property
+    def parameters(self) -> int:
+        """The weights of all experts, the shared ones and the router."""
+        shared = self.matrices * self.d_model * self.shared_hidden
+        return self.num_experts * self.expert_parameters + shared + self.router_parameters
+
+    @property
     def dense(self) -> LayerShape:
-        """The dense block of equal active FLOPs: one expert, K times as wide, and no router."""
+        """The dense block of equal active FLOPs: one expert, as wide as those of a token."""
+        return self.block(self.top_k * self.d_hidden + self.shared_hidden)
+
+    @property
+    def shared(self) -> LayerShape | None:
+        """The shared experts, which are a dense block too; None without."""
+        return self.block(self.shared_hidden) if self.shared_hidden else None
+
+    def block(self, d_hidden: int) -> LayerShape:
+        """Return a dense block of another width: one expert, and no router."""
         return LayerShape(
             self.d_model,
-            self.top_k * self.d_hidden,
+            d_hidden,
             num_experts=1,
             top_k=1,
             gated=self.gated,
@@ -177,12 +196,18 @@ def _launches(layer: LayerShape, *, tokens: int) -> float:
 
 
 def dense_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
-    """Return the work of the dense block of equal active FLOPs."""
+    """Return the work of the dense block of equal active FLOPs; a dense block's is its own."""
     # A product of one row reads weights of 32 bits as they are.
     blocked = layer.itemsize < STATE_BYTES or tokens > 1
     return _products_work(
         layer.dense, rows=tokens, weights=1.0, gradients=1.0, blocked=blocked, training=training
     )
+
+
+def shared_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
+    """Return the work of the shared experts: none where there are none."""
+    shared = layer.shared
+    return Work() if shared is None else dense_work(shared, tokens=tokens, training=training)
 
 
 def _products_work(
@@ -314,12 +339,13 @@ def call_work(*, training: bool = True) -> Work:
 
 
 def layer_work(layer: LayerShape, *, tokens: int, training: bool = True) -> Work:
-    """Return the work of the whole layer on a CPU: router, dispatch, experts."""
+    """Return the work of the whole layer on a CPU: router, dispatch, experts, shared ones."""
     work = (
         call_work(training=training)
         + router_work(layer, tokens=tokens, training=training)
         + dispatch_work(layer, tokens=tokens, training=training)
         + experts_work(layer, tokens=tokens, training=training)
+        + shared_work(layer, tokens=tokens, training=training)
     )
     return work + recomputation_work(layer, tokens=tokens) if training else work
 
@@ -353,11 +379,11 @@ def training_bytes(parameters: int, *, itemsize: int) -> float:
     return float(parameters * (2 * itemsize + ADAM_STATES * STATE_BYTES + wide))
 
 
-def count(name: str, value: object) -> None:
-    """Check a number of things: an int from 1 on.
+def count(name: str, value: object, *, least: int = 1) -> None:
+    """Check a number of things: an int from ``least`` on.
 
     Raises:
         ValueError: It is none.
     """
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}={value!r} must be an int >= 1; pass how many there are")
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r} must be an int >= {least}; pass how many there are")

@@ -5,31 +5,60 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ecomoe import cost_model as cost
 from ecomoe.cost_model import LayerShape, Work
-from ecomoe.device_cost import on_devices
+from ecomoe.device_cost import held_whole, on_devices
 from ecomoe.machines import BLOCK_PASSES, H100, Cluster, Host, Machine
 from ecomoe.model_config import read_config
 
 ITEMSIZES = {"fp32": 4, "bf16": 2}
+# Of a layer on a device, what adds up over layers.
+SUMMED = (
+    *("parameters", "memory", "sent", "reduced"),
+    *("compute", "optimizer", "communication", "dense_seconds"),
+)
 EXPERTS = (64, 512, 4096)
 DEVICES = (8, 64, 1024)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The feed-forward blocks of a model.
+
+    Attributes:
+        layer: Those with experts.
+        layers: How many of them.
+        dense: Those without, as `LayerShape.block` gives them.
+        dense_layers: How many of them.
+    """
+
+    layer: LayerShape
+    layers: int = 1
+    dense: LayerShape | None = None
+    dense_layers: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "--config", type=Path, help="config.json of a model, or its folder, for what follows"
+        "--config",
+        type=Path,
+        help="config.json of a model, or its folder, for what follows and its dense layers",
     )
     parser.add_argument("--d-model", type=int, help="features of a token")
     parser.add_argument("--d-hidden", type=int, help="hidden features of an expert")
     parser.add_argument("--experts", type=int, help="experts (16)")
     parser.add_argument("--top-k", type=int, help="experts a token (2)")
-    parser.add_argument("--layers", type=int, help="such layers in the model (1)")
+    parser.add_argument(
+        "--shared", type=int, help="hidden features of experts that every token takes besides (0)"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="such layers in the model (1); without dense ones if given"
+    )
     parser.add_argument(
         "--gated",
         action=argparse.BooleanOptionalAction,
@@ -96,31 +125,27 @@ def run(given: argparse.Namespace) -> None:
     Raises:
         ValueError: A size is missing or breaks its rule.
     """
-    layer, layers, left_out = read_layer(given)
-    machine = read_machine(given)
+    blocks = read_blocks(given)
     found = costs(
-        layer,
-        layers=layers,
+        blocks,
         tokens=given.tokens,
-        machine=machine,
+        machine=read_machine(given),
         cluster=read_cluster(given),
-        experts=spread_of(given, layer),
+        experts=spread_of(given, blocks.layer),
         devices=given.devices,
     )
-    found["left_out"] = left_out
     print(json.dumps(found) if given.json else "\n".join(lines(found)))
 
 
-def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int, list[str]]:
-    """Return the layer that the options or the configuration describe, how many, and what else.
+def read_blocks(given: argparse.Namespace) -> Blocks:
+    """Return the blocks that the options or the configuration describe.
 
-    The last is what the model has besides, and is not costed. An option goes before what the
-    configuration says.
+    An option goes before what the configuration says.
     """
     said = read_config(given.config) if given.config is not None else None
     sizes: dict[str, Any] = {
         name: getattr(said, name, None) if getattr(given, name) is None else getattr(given, name)
-        for name in ("d_model", "d_hidden", "layers", "experts", "top_k", "gated")
+        for name in ("d_model", "d_hidden", "layers", "experts", "top_k", "gated", "shared")
     }
     for name in ("d_model", "d_hidden"):
         if sizes[name] is None:
@@ -134,19 +159,14 @@ def read_layer(given: argparse.Namespace) -> tuple[LayerShape, int, list[str]]:
         gated=bool(sizes["gated"]),
         itemsize=ITEMSIZES[given.dtype],
         router_hidden=128 if given.router == "mlp" else 0,
+        shared_hidden=sizes["shared"] or 0,
     )
-    left_out = []
-    if said is not None and said.shared:
-        share = said.shared / (layer.top_k * layer.d_hidden)
-        left_out.append(
-            f"shared experts of {said.shared:,} hidden features in each layer ({share:.0%} of the "
-            "chosen experts' FLOPs on top, in the dense block as well)"
-        )
-    if said is not None and said.dense_layers and given.layers is None:
-        left_out.append(f"{said.dense_layers} layers with a dense block")
     layers = 1 if sizes["layers"] is None else sizes["layers"]
     cost.count("layers", layers)
-    return layer, layers, left_out
+    if said is None or not said.dense_layers or given.layers is not None:
+        return Blocks(layer, layers)
+    dense = layer.block(layer.d_hidden if said.dense_hidden is None else said.dense_hidden)
+    return Blocks(layer, layers, dense, said.dense_layers)
 
 
 def spread_of(given: argparse.Namespace, layer: LayerShape) -> list[int]:
@@ -195,29 +215,36 @@ def read_cluster(given: argparse.Namespace) -> Cluster:
 
 
 def costs(
-    layer: LayerShape,
+    blocks: Blocks,
     *,
-    layers: int,
     tokens: int,
     machine: Machine,
     cluster: Cluster,
     experts: Sequence[int],
     devices: Sequence[int],
 ) -> dict[str, Any]:
-    """Return the numbers of both tables; those of many devices are of all layers together."""
+    """Return the numbers of both tables; those of many devices are of all blocks together."""
+    layer, dense = blocks.layer, blocks.dense
     works = {
         "router and losses": cost.router_work(layer, tokens=tokens),
         "dispatch and combine": cost.dispatch_work(layer, tokens=tokens),
         "experts": cost.experts_work(layer, tokens=tokens),
+        "shared experts": cost.shared_work(layer, tokens=tokens),
         "recomputation, gates": cost.recomputation_work(layer, tokens=tokens),
         "each call besides": cost.call_work(),
         "whole layer": cost.layer_work(layer, tokens=tokens),
         "dense block": cost.dense_work(layer, tokens=tokens),
     }
-    parameters = layer.num_experts * layer.expert_parameters + layer.router_parameters
+    if layer.shared is None:
+        del works["shared experts"]
+    if dense is not None:
+        works["a dense layer"] = cost.dense_work(dense, tokens=tokens)
+    parameters = layer.parameters
     return {
         "layer": asdict(layer),
-        "layers": layers,
+        "layers": blocks.layers,
+        "dense_layers": blocks.dense_layers,
+        "dense_hidden": dense.d_hidden if dense is not None else None,
         "tokens": tokens,
         "machine": asdict(machine),
         "parameters": parameters,
@@ -231,7 +258,7 @@ def costs(
         },
         "cluster": cluster.name,
         "device_memory": cluster.memory,
-        "spread": list(_spread(layer, layers, tokens, cluster, experts, devices)),
+        "spread": list(_spread(blocks, tokens, cluster, experts, devices)),
         "uneven": [
             [num_experts, count]
             for num_experts in experts
@@ -250,33 +277,47 @@ def _described(work: Work, machine: Machine) -> dict[str, float]:
 
 
 def _spread(
-    layer: LayerShape,
-    layers: int,
+    blocks: Blocks,
     tokens: int,
     cluster: Cluster,
     experts: Sequence[int],
     devices: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     for num_experts in experts:
-        wide = replace(layer, num_experts=num_experts)
+        wide = replace(blocks.layer, num_experts=num_experts)
         for count in devices:
             if not _is_even(num_experts, count):
                 continue
-            found = asdict(on_devices(wide, tokens=tokens, devices=count, cluster=cluster))
-            for name in ("parameters", "memory", "sent", "reduced"):
-                found[name] *= layers
-            for name in ("compute", "optimizer", "communication"):
-                found[name] *= layers
-            yield {"experts": num_experts, **found}
+            sizes: dict[str, Any] = {"tokens": tokens, "devices": count, "cluster": cluster}
+            sparse = on_devices(wide, **sizes)
+            of_all = {name: blocks.layers * getattr(sparse, name) for name in SUMMED}
+            if blocks.dense is not None:
+                dense = held_whole(blocks.dense, **sizes)
+                for name in SUMMED:
+                    of_all[name] += blocks.dense_layers * getattr(dense, name)
+            spent = of_all["compute"] + of_all["optimizer"] + of_all["communication"]
+            yield {
+                "experts": num_experts,
+                **asdict(sparse),
+                **of_all,
+                "over_dense": spent / of_all["dense_seconds"],
+            }
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Return the tables as text."""
     layer, machine = found["layer"], found["machine"]
+    shared, besides = "", []
+    if layer["shared_hidden"]:
+        shared = f", beside shared experts of {layer['shared_hidden']}"
+    if found["dense_layers"]:
+        sizes = f"{layer['d_model']} -> {found['dense_hidden']} -> {layer['d_model']}"
+        besides.append(f"{found['dense_layers']} x dense layer besides, {sizes}")
     out = [
         f"{found['layers']} x layer of {layer['num_experts']} experts, top-{layer['top_k']}, "
         f"{layer['d_model']} -> {layer['d_hidden']} -> {layer['d_model']}"
-        f"{', gated' if layer['gated'] else ''}; {found['tokens']:,} tokens a step",
+        f"{', gated' if layer['gated'] else ''}{shared}; {found['tokens']:,} tokens a step",
+        *besides,
         f"weights of a layer {_count(found['parameters'])}, of the dense block of equal active "
         f"FLOPs {_count(found['dense_parameters'])}",
         f"weights, gradients and AdamW's state {_size(found['training_bytes'])} a layer; AdamW "
@@ -295,7 +336,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{machine['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, {_time(machine['seconds_per_launch'])} a "
         f"launch and {_time(machine['seconds_per_product'])} a small product",
-        *(f"left out: {what}" for what in found["left_out"]),
         "",
         *device_lines(found),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ecomoe.cost_model import (
     ROUTER_BYTES,
@@ -29,11 +29,11 @@ class DeviceCost:
         memory: Bytes of weights, gradients and optimizer state on a device.
         sent: Bytes that a device sends in the all-to-alls: out and back, forward and backward.
         reduced: Bytes that a device sends to average gradients: of its experts with their other
-            holders, of the router with all devices.
+            holders, of the router and the shared experts with all devices.
         compute: Seconds of the layer's forward and backward pass.
         optimizer: Seconds of AdamW on the device's experts.
         communication: Seconds of all that is sent, nothing hidden behind computing.
-        over_dense: Seconds of all over the dense block's, which each device holds whole.
+        dense_seconds: The step of the dense block, which each device holds whole.
     """
 
     devices: int
@@ -45,12 +45,17 @@ class DeviceCost:
     compute: float
     optimizer: float
     communication: float
-    over_dense: float
+    dense_seconds: float
 
     @property
     def seconds(self) -> float:
         """The step's time, no part hidden behind another."""
         return self.compute + self.optimizer + self.communication
+
+    @property
+    def over_dense(self) -> float:
+        """The step's time over the dense block's."""
+        return self.seconds / self.dense_seconds
 
 
 def on_devices(
@@ -59,7 +64,7 @@ def on_devices(
     """Return what a layer's training step costs on each device under expert parallelism.
 
     Tokens spread evenly. With fewer experts than devices, groups of E devices hold the experts
-    once each and average their gradients. Every device holds the router.
+    once each and average their gradients. Every device holds the router and the shared experts.
 
     Args:
         layer: The layer.
@@ -109,16 +114,11 @@ def on_devices(
     stepped = optimizer_bytes(own, itemsize=layer.itemsize)
     stepped += optimizer_bytes(layer.router_parameters, itemsize=ROUTER_BYTES)
     optimizer = stepped / cluster.machine.bytes_per_second
-    # Every device holds the dense block whole, so its gradients are averaged over all of them.
-    of_dense = layer.dense.expert_parameters
-    twin = dense_work(layer, tokens=tokens).seconds(cluster.machine)
-    twin += optimizer_bytes(of_dense, itemsize=layer.itemsize) / cluster.machine.bytes_per_second
-    averaged = _averaged_bytes(of_dense * layer.itemsize, devices)
-    twin += _transfer_seconds(averaged, devices, cluster)
-    return DeviceCost(
+    twin = held_whole(layer.dense, tokens=tokens, devices=devices, cluster=cluster)
+    found = DeviceCost(
         devices=devices,
         experts_per_device=held,
-        parameters=layer.num_experts * layer.expert_parameters + layer.router_parameters,
+        parameters=layer.parameters,
         memory=training_bytes(own, itemsize=layer.itemsize)
         + training_bytes(layer.router_parameters, itemsize=ROUTER_BYTES),
         sent=sent,
@@ -126,7 +126,45 @@ def on_devices(
         compute=compute,
         optimizer=optimizer,
         communication=spent,
-        over_dense=(compute + optimizer + spent) / twin,
+        dense_seconds=twin.seconds,
+    )
+    if layer.shared is None:
+        return found
+    shared = held_whole(layer.shared, tokens=tokens, devices=devices, cluster=cluster)
+    added = ("memory", "reduced", "compute", "optimizer", "communication")
+    return replace(found, **{name: getattr(found, name) + getattr(shared, name) for name in added})
+
+
+def held_whole(
+    block: LayerShape, *, tokens: int, devices: int, cluster: Cluster = H100
+) -> DeviceCost:
+    """Return what a dense block's training step costs on devices that hold it whole, each its own.
+
+    Its gradients are averaged over all of them.
+
+    Args:
+        block: Sizes of a single expert without a router, such as `LayerShape.dense`.
+        tokens: Tokens of a device.
+        devices: How many.
+        cluster: What they are and how they are joined.
+    """
+    compute = dense_work(block, tokens=tokens).seconds(cluster.machine)
+    weights = block.expert_parameters
+    moved = optimizer_bytes(weights, itemsize=block.itemsize)
+    optimizer = moved / cluster.machine.bytes_per_second
+    averaged = _averaged_bytes(weights * block.itemsize, devices)
+    communication = _transfer_seconds(averaged, devices, cluster)
+    return DeviceCost(
+        devices=devices,
+        experts_per_device=1,
+        parameters=weights,
+        memory=training_bytes(weights, itemsize=block.itemsize),
+        sent=0.0,
+        reduced=averaged,
+        compute=compute,
+        optimizer=optimizer,
+        communication=communication,
+        dense_seconds=compute + optimizer + communication,
     )
 
 

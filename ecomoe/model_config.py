@@ -38,6 +38,8 @@ SHARED_WIDTHS = (
     "shared_experts_intermediate_size",
     "shared_intermediate_size",
 )
+# Of the layers without experts, where the experts have a width of their own.
+DENSE_WIDTHS = ("dense_intermediate_size", "intermediate_size_mlp", *KEYS["d_hidden"][2:])
 # What a list of the layers' kinds calls those without experts.
 DENSE_KINDS = ("dense",)
 
@@ -55,6 +57,7 @@ class ModelConfig:
         gated: Whether a block multiplies its hidden features with a gate's.
         shared: Hidden features of a block's shared experts, together.
         dense_layers: Layers besides that have a dense block.
+        dense_hidden: Hidden features of that block.
     """
 
     d_model: int | None
@@ -65,6 +68,7 @@ class ModelConfig:
     gated: bool
     shared: int = 0
     dense_layers: int = 0
+    dense_hidden: int | None = None
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -106,7 +110,13 @@ def model_config(config: Config) -> ModelConfig:
     shared = _first(config, SHARED_WIDTHS)
     if shared is None:
         shared = (_first(config, SHARED) or 0) * (sizes["d_hidden"] or 0)
-    return ModelConfig(**sizes, gated=_is_gated(config), shared=shared, dense_layers=dense_layers)
+    return ModelConfig(
+        **sizes,
+        gated=_is_gated(config),
+        shared=shared,
+        dense_layers=dense_layers,
+        dense_hidden=_first(config, DENSE_WIDTHS) or sizes["d_hidden"],
+    )
 
 
 def _first(config: Config, keys: tuple[str, ...]) -> Any:

@@ -193,6 +193,22 @@ def test_one_expert_costs_what_a_dense_block_costs_but_for_router_and_dispatch()
     assert cost.over_dense(layer, tokens=100, machine=MACHINE) > 1.0
 
 
+def test_shared_experts_are_a_dense_block_of_their_width_on_both_sides():
+    alone = LayerShape(64, 128, num_experts=4, router_hidden=0)
+    layer = replace(alone, shared_hidden=96)
+    shared = LayerShape(64, 96, num_experts=1, top_k=1, router_hidden=0)
+    for training in (False, True):
+        sizes = {"tokens": 100, "training": training}
+        work, without = (cost.layer_work(each, **sizes) for each in (layer, alone))
+        beside = cost.dense_work(shared, **sizes)
+        assert work.flops == without.flops + beside.flops
+        assert work.bytes == pytest.approx(without.bytes + beside.bytes)
+        dense = cost.dense_work(layer, **sizes)
+        assert dense.flops == cost.dense_work(alone, **sizes).flops + beside.flops
+    assert layer.parameters == alone.parameters + 2 * 64 * 96
+    assert layer.dense.d_hidden == 2 * 128 + 96
+
+
 def test_limits_of_the_ratio():
     layer = LayerShape(512, 1024, num_experts=16, top_k=2)
     sparse, dense = cost.layer_work(layer, tokens=256), cost.dense_work(layer, tokens=256)
@@ -235,6 +251,22 @@ def test_two_holders_of_an_expert_average_its_gradient():
     # two parts in three go there.
     assert found.reduced == 2 * 64 * 4 / 2 + 2 * 8 * 4 * 3 / 4
     assert found.communication == pytest.approx(320 / 100.0 + 256 / 10.0 + 32 / 10.0)
+
+
+def test_every_device_holds_the_shared_experts_whole():
+    layer = replace(TINY, shared_hidden=3)
+    alone, found = (
+        on_devices(each, tokens=10, devices=4, cluster=CLUSTER) for each in (TINY, layer)
+    )
+    # 2 x 4 x 3 weights of 4 bytes: three parts of four go to the others, and come back.
+    assert found.parameters == alone.parameters + 24
+    assert found.memory == alone.memory + 24 * 16
+    assert found.reduced == alone.reduced + 2 * 96 * 3 / 4
+    assert found.sent == alone.sent
+    assert found.optimizer == pytest.approx(alone.optimizer + 24 * 28 / 1e9)
+    assert found.communication == pytest.approx(alone.communication + 96 / 10.0)
+    products = 3 * 2 * 10 * 24 / 1e9
+    assert found.compute > alone.compute + products
 
 
 def test_other_nodes_decide_where_they_are_slower():
@@ -292,6 +324,7 @@ def test_a_step_on_sixteen_devices_worked_out_by_hand():
         (lambda: replace(H100, node=0), "node=0 must be an int >= 1"),
         (lambda: LayerShape(4, 8, num_experts=0), "num_experts=0 must be an int >= 1"),
         (lambda: LayerShape(4, 8, num_experts=2, top_k=3), "top_k=3 must be <= num_experts=2"),
+        (lambda: replace(TINY, shared_hidden=2.0), "shared_hidden=2.0 must be an int >= 0"),
         (lambda: on_devices(TINY, tokens=10, devices=3), "devices=3 must divide"),
         (lambda: on_devices(TINY, tokens=0, devices=2), "tokens=0 must be an int >= 1"),
     ],

@@ -9,7 +9,7 @@ from ecomoe import cost_model as cost
 from ecomoe import costing
 from ecomoe.cli import main
 from ecomoe.cost_model import LayerShape
-from ecomoe.device_cost import on_devices
+from ecomoe.device_cost import held_whole, on_devices
 from ecomoe.machines import FITTED, Host
 
 GIVEN = ["--gflops", "180", "--gbytes", "10", "--fresh-gbytes", "5"]
@@ -57,6 +57,7 @@ def test_command_says_what_is_missing(capsys):
         ("{", "holds no JSON object"),
         ('{"n_embd": 64, "n_layer": 3.5}', "layers=3.5 must be an int >= 1"),
         ('{"n_embd": 64, "n_layer": -2}', "layers=-2 must be an int >= 1"),
+        ('{"n_embd": 64, "shared_intermediate_size": -2}', "shared_hidden=-2 must be an int >= 0"),
     ],
 )
 def test_command_refuses_a_configuration(text, message, tmp_path, capsys):
@@ -134,11 +135,57 @@ def test_command_reads_a_sparse_configuration(tmp_path, capsys):
     assert found["layers"] == 58
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "left out: shared experts of 2,048 hidden features in each layer (12% of" in text
-    assert "left out: 3 layers with a dense block" in text
-    assert main([*command, "--no-gated", "--layers", "2", "--json"]) == 0
+    assert text.startswith(
+        "58 x layer of 256 experts, top-8, 7168 -> 2048 -> 7168, gated, beside shared experts of "
+        "2048; 4,096 tokens a step\n3 x dense layer besides, 7168 -> 18432 -> 7168\n"
+    )
+    assert main([*command, "--no-gated", "--layers", "2", "--shared", "0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["layer"]["gated"], found["layers"]) == (False, 2)
+    assert (found["layer"]["gated"], found["layers"], found["dense_layers"]) == (False, 2, 0)
+    assert found["layer"]["shared_hidden"] == 0
+
+
+def test_shared_experts_and_dense_layers_are_costed(tmp_path, capsys):
+    config = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5}
+    config |= {"moe_intermediate_size": 32, "num_experts": 16, "first_k_dense_replace": 2}
+    config |= {"shared_expert_intermediate_size": 48, "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["cost", "--config", str(tmp_path), "--spread", "16", "--devices", "8", *GIVEN]
+    assert main([*command, "--router", "linear", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shared, dense, expert = 3 * 64 * 48, 3 * 64 * 96, 3 * 64 * 32
+    assert found["parameters"] == 16 * expert + shared + 64 * 16
+    assert found["dense_parameters"] == 2 * expert + shared
+    (row,) = found["spread"]
+    assert row["parameters"] == 3 * found["parameters"] + 2 * dense
+    sizes = {"num_experts": 16, "gated": True, "itemsize": 2, "router_hidden": 0}
+    layer = LayerShape(64, 32, **sizes, shared_hidden=48)
+    block = LayerShape(64, 96, num_experts=1, top_k=1, gated=True, itemsize=2, router_hidden=0)
+    one, other = (
+        on_devices(layer, tokens=4096, devices=8),
+        held_whole(block, tokens=4096, devices=8),
+    )
+    for name in ("memory", "reduced", "compute", "optimizer", "communication"):
+        assert row[name] == pytest.approx(3 * getattr(one, name) + 2 * getattr(other, name)), name
+    twins = 3 * one.dense_seconds + 2 * other.seconds
+    assert row["over_dense"] == pytest.approx((3 * one.seconds + 2 * other.seconds) / twins)
+    experts = LayerShape(64, 32, **sizes)
+    alone = cost.experts_work(experts, tokens=4096)
+    assert found["work"]["experts"]["flops"] == alone.flops
+    assert found["work"]["shared experts"]["flops"] == 3 * 2 * 4096 * shared
+    assert found["work"]["a dense layer"]["flops"] == 3 * 2 * 4096 * dense
+
+
+def test_a_published_model_has_the_weights_that_are_costed(tmp_path, capsys):
+    # DeepSeek-V3: 671 billion in all, of which attention has 11 and the embeddings 2.
+    config = {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048}
+    config |= {"n_routed_experts": 256, "n_shared_experts": 1, "num_hidden_layers": 61}
+    config |= {"first_k_dense_replace": 3, "hidden_act": "silu", "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["cost", "--config", str(tmp_path), "--spread", "256", "--devices", "8", *GIVEN]
+    assert main([*command, "--router", "linear", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["spread"]
+    assert row["parameters"] == pytest.approx((671 - 11 - 2) * 1e9, rel=0.01)
 
 
 def test_machine_is_measured_where_it_is_not_given():

@@ -36,6 +36,21 @@ def test_layers_without_experts_are_counted_apart(said, sparse):
 
 
 @pytest.mark.parametrize(
+    ("said", "width"),
+    [
+        ({"intermediate_size": 96, "moe_intermediate_size": 32}, 96),  # DeepSeek
+        ({"intermediate_size": 32, "intermediate_size_mlp": 96}, 96),  # Llama 4
+        ({"intermediate_size": 32, "dense_intermediate_size": 96}, 96),  # MiniMax
+        ({"intermediate_size": 32}, 32),  # Jamba
+        ({"moe_intermediate_size": 32}, 32),
+    ],
+)
+def test_dense_layers_have_a_width_of_their_own(said, width):
+    found = model_config({"num_hidden_layers": 8, "num_experts": 4, "moe_layers": [1, 3], **said})
+    assert (found.d_hidden, found.dense_hidden) == (32, width)
+
+
+@pytest.mark.parametrize(
     "family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "jamba", "qwen2_moe"]
 )
 def test_models_of_transformers_have_what_is_read(family):

@@ -129,15 +129,14 @@ def _devices() -> str:
     parser = argparse.ArgumentParser()
     costing.add_arguments(parser)
     given = parser.parse_args([*EXAMPLE.split(), *HERE.split()])
-    layer, layers, _ = costing.read_layer(given)
+    blocks = costing.read_blocks(given)
     cluster = costing.read_cluster(given)
     found: dict[str, Any] = costing.costs(
-        layer,
-        layers=layers,
+        blocks,
         tokens=given.tokens,
         machine=costing.read_machine(given),
         cluster=cluster,
-        experts=costing.spread_of(given, layer),
+        experts=costing.spread_of(given, blocks.layer),
         devices=given.devices,
     )
     table = "\n".join(costing.device_lines(found))
