@@ -20,6 +20,14 @@ FIXED_MARGIN = 100.0
 class Routing(NamedTuple):
     """What a router decided for N tokens.
 
+    A forward hook on a router may return another one. The ids and the gates alone decide what the
+    layer computes, and each may be replaced by itself. The losses are of the scores and the ids,
+    and scores belong together: a hook that changes ``logits_NE`` replaces ``probs_NE`` and, where
+    there are any, ``own_logits_NE`` as well, as `ecomoe.routing.route` of the changed scores does.
+    Nothing checks that. Otherwise the entropy loss is that of ``probs_NE``, but its gradient goes
+    to ``logits_NE`` as if they were its softmax, and under ``torch.compile`` it is another one,
+    that of the logits alone.
+
     Attributes:
         logits_NE: Router scores, fp32 or wider.
         probs_NE: ``softmax(logits / T)``, shares of 1.

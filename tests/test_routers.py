@@ -20,7 +20,7 @@ from ecomoe.routers import (
     Router,
     build_router,
 )
-from ecomoe.routing import FIXED_MARGIN, Routing
+from ecomoe.routing import FIXED_MARGIN, Routing, route
 from ecomoe.token_ids import hash_scores, scramble
 
 T1 = torch.tensor(1.0)
@@ -38,6 +38,12 @@ def router(request):
 
 def floating(module):
     return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+
+
+def one_expert(layer, x_D, expert):
+    up, down = layer.experts.up_proj, layer.experts.down_proj
+    hidden = F.gelu(up.weight[expert] @ x_D + up.bias[expert])
+    return down.weight[expert] @ hidden + down.bias[expert]
 
 
 class TestDecision:
@@ -64,6 +70,50 @@ class TestDecision:
         assert isinstance(routing, Routing)
         assert seen == [routing]
         torch.testing.assert_close(routing.probs_NE, torch.softmax(routing.logits_NE / 2, -1))
+
+    @pytest.mark.parametrize("changed", ["all", "logits", "probs"])
+    def test_what_a_hook_may_change(self, changed):
+        """Scores that belong together have one gradient, compiled or not; others have two.
+
+        Nothing checks it: that would take another softmax of all scores.
+        """
+
+        def hook(router, args, routing):
+            other = route(2.0 * routing.logits_NE, top_k=2, temperature=args[1])
+            if changed == "all":
+                return other
+            if changed == "logits":
+                return routing._replace(logits_NE=other.logits_NE)
+            return routing._replace(probs_NE=other.probs_NE)
+
+        layer = EcoMoE(6, 8, tiers=(5,), router="linear", strength=1.0, dtype=torch.float64)
+        layer.set_progress(1.0)
+        layer.router.register_forward_hook(hook)
+        x_ND = torch.randn(7, 6, dtype=torch.float64)
+        gradients = []
+        torch.compiler.reset()
+        for forward in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
+            forward(x_ND)
+            loss = ecomoe.aux_loss(layer)
+            gradients.append(torch.autograd.grad(loss, layer.router.score.weight)[0])
+        assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12) == (changed == "all")
+
+    @pytest.mark.parametrize("changed", ["expert_ids_NK", "weights_NK"])
+    def test_ids_and_gates_alone_decide_what_a_layer_computes(self, changed):
+        layer = EcoMoE(6, 8, tiers=(5,), router="linear", spread=1.0).eval()
+        x_ND = torch.randn(7, 6)
+        plain = layer.router(x_ND, layer.temperature)
+        value = getattr(plain, changed).flip(-1)
+        layer.router.register_forward_hook(lambda *args: args[2]._replace(**{changed: value}))
+        y_ND = layer(x_ND)
+        ids_NK, weights_NK = plain._replace(**{changed: value})[2:4]
+        alone_NKF = torch.stack(
+            [
+                torch.stack([one_expert(layer, x_D, e) for e in ids_K])
+                for x_D, ids_K in zip(x_ND, ids_NK, strict=True)
+            ]
+        )
+        torch.testing.assert_close(y_ND, (weights_NK.unsqueeze(-1) * alone_NKF).sum(1))
 
     def test_every_parameter_gets_a_gradient(self, router):
         routing = router(torch.randn(7, 6), T1)
