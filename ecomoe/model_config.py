@@ -37,7 +37,10 @@ SHARED_WIDTHS = (
     "moe_shared_expert_intermediate_size",
     "shared_experts_intermediate_size",
     "shared_intermediate_size",
+    "share_expert_dim",
 )
+# One shared expert, as wide as the others, beside any experts, without a word in the configuration.
+SHARING_FAMILIES = ("llama4", "hunyuan_v1_moe")
 # Of the layers without experts, where the experts have a width of their own.
 DENSE_WIDTHS = ("dense_intermediate_size", "intermediate_size_mlp", *KEYS["d_hidden"][2:])
 # What a list of the layers' kinds calls those without experts.
@@ -109,7 +112,9 @@ def model_config(config: Config) -> ModelConfig:
         sizes["layers"], dense_layers = sparse, sizes["layers"] - sparse
     shared = _first(config, SHARED_WIDTHS)
     if shared is None:
-        shared = (_first(config, SHARED) or 0) * (sizes["d_hidden"] or 0)
+        sharing = str(config.get("model_type", "")).startswith(SHARING_FAMILIES)
+        number = int(sharing and sizes["experts"] is not None)
+        shared = (_first(config, SHARED) or number) * (sizes["d_hidden"] or 0)
     return ModelConfig(
         **sizes,
         gated=_is_gated(config),

@@ -1,6 +1,7 @@
 """What is read of a model's configuration is what the model that is built of it has."""
 
 import pytest
+import torch
 
 from ecomoe.model_config import model_config
 
@@ -67,3 +68,35 @@ def test_models_of_transformers_have_what_is_read(family):
         len(blocks),
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama4_text", {}),
+        ("hunyuan_v1_moe", {"num_experts": 4, "head_dim": 16}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 48}),
+        ("deepseek_v3", {"moe_intermediate_size": 24, "n_shared_experts": 2}),
+    ],
+)
+def test_shared_experts_are_as_wide_as_the_model_s(family, sizes):
+    transformers = pytest.importorskip("transformers")
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 8, **sizes}
+    config = transformers.CONFIG_MAPPING[family](**sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shared = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(("shared_expert", "shared_experts", "shared_mlp"))
+    ]
+    assert model_config(config.to_dict()).shared == shared[0].down_proj.in_features
+
+
+def test_a_family_that_shares_where_it_has_experts_shares_none_where_it_has_not():
+    said = {"model_type": "llama4_text", "hidden_size": 64, "intermediate_size": 32}
+    assert model_config(said).shared == 0
+    assert model_config({**said, "num_local_experts": 4}).shared == 32
+    assert model_config({"num_experts": 4, "share_expert_dim": 40}).shared == 40  # Step
