@@ -128,6 +128,7 @@ def _backward(
     inner, hidden, slope, outer = map(spare, widths)
     pre = spare(up_EGD.shape[1])
     joined = spare(up_EGD.shape[1]) if gated else slope
+    turned = spare(max(up_EGD.shape[1], grad_NF.shape[1]))
     groups = math.gcd(d_hidden, 16)
     for piece in layout.pieces:
         own = piece.experts
@@ -140,7 +141,7 @@ def _backward(
         if gates_NK is not None and down_bias_EF is not None:
             on_bias_BP = (grad_BPF @ down_bias_EF[own].unsqueeze(2)).squeeze(2)
         grad_BPF.mul_(gates_BP1)
-        add_outer(grad_BPF, hidden_BPH, piece, grad_down_EFH)
+        add_outer(grad_BPF, hidden_BPH, piece, grad_down_EFH, turned)
         if gates_NK is not None:
             # In groups: one sum in 16 bits would not tell experts apart that are nearly alike, and
             # the whole in 32 is another pass over twice as much memory.
@@ -150,7 +151,7 @@ def _backward(
         joined_BPG = piece.spare(joined, up_EGD.shape[1])
         activate_backward(slope_BPH, pre_BPG, activation, out=joined_BPG)
         x_BPD = piece.take(x_ND, tokens_R, inner).mul_(gates_BP1)
-        add_outer(joined_BPG, x_BPD, piece, grad_up_EGD)
+        add_outer(joined_BPG, x_BPD, piece, grad_up_EGD, turned)
         if has_biases:
             grad_up_bias_EG[own] += (gates_BP1.mT @ joined_BPG).squeeze(1)
             grad_down_bias_EF[own] += grad_BPF.sum(1)

@@ -90,13 +90,14 @@ def _loop_backward(
     wide = torch.promote_types(x_SD.dtype, torch.float32)
     grad_bias_EF = x_SD.new_zeros(num_experts if has_bias else 0, width_out, dtype=wide)
     grad_weight_EFD = empty_gradient(weight_EFD, layout.busy)
-    inner, outer = (layout.spare_memory(x_SD, width) for width in (width_in, width_out))
+    widths = width_in, width_out, width_out
+    inner, outer, turned = (layout.spare_memory(x_SD, width) for width in widths)
     own_R1 = layout.own_R.to(x_SD.dtype).unsqueeze(1)
     for piece in layout.pieces:
         own = piece.experts
         grad_BPF = piece.take(grad_SF, layout.slots_R, outer).mul_(piece.of(own_R1))
         x_BPD = piece.take(x_SD, layout.slots_R, inner)
-        add_outer(grad_BPF, x_BPD, piece, grad_weight_EFD)
+        add_outer(grad_BPF, x_BPD, piece, grad_weight_EFD, turned)
         product(grad_BPF, weight_EFD[own], out=piece.of(grad_x_RD))
         if has_bias:
             grad_bias_EF[own] += grad_BPF.sum(1)

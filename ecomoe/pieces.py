@@ -31,6 +31,9 @@ FEW_ROWS = 64
 # Between which rows an expert ``(W x^T)^T`` is faster than ``x W^T``, although it has to be
 # transposed: 0.7 of the time at 16 rows, for MKL in 32 bits (True) and oneDNN in 16 (False).
 WEIGHTS_FIRST = {True: (8, 56), False: (0, 56)}
+# Values from which on turning an operand of few rows before a product takes less time than leaving
+# that to the product: 0.5 of it, both together, at 48 rows.
+TURNED = 2**16
 # Experts of a piece: few numbers, for the kernels' sake.
 BATCHES = (8, 4, 2)
 # Bytes of zeros from which fresh pages cost less than writing them.
@@ -266,17 +269,31 @@ def product(a_BXY: Tensor, b_BYZ: Tensor, *, out: Tensor) -> Tensor:
     return out
 
 
-def add_outer(a_BPX: Tensor, b_BPY: Tensor, piece: Piece, total_EXY: Tensor) -> None:
-    """Write, or from an expert's second piece on add, the products summed over rows."""
+def add_outer(
+    a_BPX: Tensor, b_BPY: Tensor, piece: Piece, total_EXY: Tensor, memory: Tensor
+) -> None:
+    """Write, or from an expert's second piece on add, the products summed over rows.
+
+    ``memory`` is spare, for ``a_BPX`` once more.
+    """
     if not piece.first:
         total_EXY[piece.expert].addmm_(a_BPX[0].mT, b_BPY[0])
     elif total_EXY.itemsize <= 2:
-        product(a_BPX.mT, b_BPY, out=total_EXY[piece.experts])
+        a_BXP = a_BPX.mT
+        if _pays_to_turn(a_BPX):
+            a_BXP = memory[: a_BXP.numel()].view(a_BXP.shape).copy_(a_BXP)
+        product(a_BXP, b_BPY, out=total_EXY[piece.experts])
     else:
         total_BXY = total_EXY[piece.experts]
         for index, (start, end) in enumerate(piece.spans):
             own = slice(end - start)
             torch.mm(a_BPX[index, own].mT, b_BPY[index, own], out=total_BXY[index])
+
+
+def _pays_to_turn(a_BPX: Tensor) -> bool:
+    # oneDNN turns a first operand more slowly, for AMX, which has no fp16 on most machines.
+    few = a_BPX.shape[1] <= FEW_ROWS and a_BPX.numel() >= TURNED
+    return few and a_BPX.dtype == torch.bfloat16
 
 
 def empty_gradient(weight_EXY: Tensor, busy: Collection[int]) -> Tensor:

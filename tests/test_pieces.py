@@ -7,13 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import assert_near
 
 from ecomoe import buffers
 from ecomoe.feed_forward import feed_forward
 from ecomoe.pieces import (
     MAX_PIECE_ROWS,
     MAX_ROWS,
+    TURNED,
     Layout,
+    Piece,
+    add_outer,
     cut,
     most_rows,
     padded_rows,
@@ -82,3 +86,18 @@ def test_several_experts_with_about_the_most_rows(rows):
         [(x_SD[e * rows : (e + 1) * rows] @ up_EHD[e].T).relu() @ down_EDH[e].T for e in range(3)]
     )
     torch.testing.assert_close(y_SD, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(16, 3), (48, TURNED // 64), (80, TURNED // 64)])
+def test_gradients_of_weights_whether_or_not_operands_are_turned(dtype, rows, width):
+    torch.manual_seed(0)
+    a_BPX, b_BPY = torch.randn(2, rows, width).to(dtype), torch.randn(2, rows, 5).to(dtype)
+    piece = Piece(1, ((0, rows), (rows, 2 * rows)), rows, True)
+    total_EXY = torch.full((4, width, 5), torch.nan, dtype=dtype)
+    before = a_BPX.clone()
+    add_outer(a_BPX, b_BPY, piece, total_EXY, a_BPX.new_empty(a_BPX.numel()))
+    expected = a_BPX.double().mT @ b_BPY.double()
+    assert_near(total_EXY[1:3], expected, dtype)
+    assert total_EXY[[0, 3]].isnan().all()
+    assert torch.equal(a_BPX, before)
