@@ -36,14 +36,23 @@ class Plan(NamedTuple):
     ends_E: Tensor
 
 
+def sort_slots(expert_ids_NK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the slots by expert, stably: tokens keep their order within an expert.
+
+    Returns:
+        ``order_S``, ``expert_ids_S`` and ``ends_E`` of a `Plan`, for whoever needs no more of it.
+    """
+    expert_ids_S, order_S = expert_ids_NK.reshape(-1).sort(stable=True)
+    experts_E = torch.arange(num_experts, device=expert_ids_S.device)
+    ends_E = torch.searchsorted(expert_ids_S, experts_E, right=True, out_int32=True)
+    return order_S, expert_ids_S, ends_E
+
+
 def plan_dispatch(expert_ids_NK: Tensor, *, num_experts: int) -> Plan:
-    """Sort the slots by expert, stably: tokens keep their order within an expert."""
-    flat_S = expert_ids_NK.reshape(-1)
-    expert_ids_S, order_S = flat_S.sort(stable=True)
-    slots_S = torch.arange(flat_S.shape[0], device=flat_S.device)
+    """Sort the slots by expert, and say where each has gone."""
+    order_S, expert_ids_S, ends_E = sort_slots(expert_ids_NK, num_experts=num_experts)
+    slots_S = torch.arange(order_S.shape[0], device=order_S.device)
     inverse_S = torch.empty_like(order_S).scatter(0, order_S, slots_S)
-    experts_E = torch.arange(num_experts, device=flat_S.device)
-    ends_E = torch.searchsorted(expert_ids_S, experts_E, right=True).to(torch.int32)
     return Plan(order_S, inverse_S, expert_ids_S, ends_E)
 
 

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecomoe.activations import ACTIVATIONS, Activation, has_hooks, name_of
-from ecomoe.dispatch import Plan
+from ecomoe.dispatch import Plan, sort_slots
 from ecomoe.feed_forward import feed_forward
 from ecomoe.grouped import grouped_linear
 from ecomoe.pieces import for_host
+
+# Tokens, gates, weights and biases of the two projections, as `feed_forward` takes them.
+Operands = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -234,9 +237,9 @@ class FFNExperts(Experts):
 
     def forward(self, x_SD: Tensor, plan: Plan) -> Tensor:
         """Return each slot's output of its own expert, ``(S, F)``."""
-        one = self._in_one_operator(x_SD, None, torch.arange(x_SD.shape[0]), plan.ends_E)
-        if one is not None:
-            return one
+        operands = self._operands(x_SD, None)
+        if operands is not None:
+            return self._in_one_operator(operands, torch.arange(x_SD.shape[0]), plan.ends_E)
         if self.gated:
             gate_SH, up_SH = self.gate_up_proj(x_SD, plan.ends_E).chunk(2, dim=-1)
             hidden_SH = self.activation(gate_SH) * up_SH
@@ -248,7 +251,7 @@ class FFNExperts(Experts):
             hidden_SH = self.norm(hidden_SH)
         return self.down_proj(hidden_SH, plan.ends_E)  # type: ignore[no-any-return]
 
-    def mixture(self, x_ND: Tensor, weights_NK: Tensor, plan: Plan) -> Tensor | None:
+    def mixture(self, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor | None:
         """Return each token's gate-weighted sum of its experts' outputs, ``(N, F)``.
 
         ``None`` where it takes `forward`, slot by slot: on an accelerator, or where somebody waits
@@ -257,11 +260,14 @@ class FFNExperts(Experts):
         if has_hooks(self):
             return None
         if self.delegate is not None and self._are_plain():
-            ids_NK = plan.expert_ids_S.index_select(0, plan.inverse_S).view(weights_NK.shape)
-            y_NF = self.delegate(self, x_ND, ids_NK, weights_NK)
+            y_NF = self.delegate(self, x_ND, expert_ids_NK, weights_NK)
             if y_NF is not None:
                 return y_NF
-        return self._in_one_operator(x_ND, weights_NK, plan.order_S, plan.ends_E)
+        operands = self._operands(x_ND, weights_NK)
+        if operands is None:
+            return None
+        order_S, _, ends_E = sort_slots(expert_ids_NK, num_experts=self.num_experts)
+        return self._in_one_operator(operands, order_S, ends_E)
 
     def activation_name(self) -> str | None:
         """Return the activation's name in `activations.ELEMENTWISE`; ``None`` for any other."""
@@ -280,27 +286,27 @@ class FFNExperts(Experts):
             return False
         return all(isinstance(m, ExpertLinear) and m.is_plain() for m in self.projections())
 
-    def _in_one_operator(
-        self, x_ND: Tensor, weights_NK: Tensor | None, order_S: Tensor, ends_E: Tensor
-    ) -> Tensor | None:
-        """Return what `feed_forward` does, or ``None`` where it is not for these experts.
+    def _operands(self, x_ND: Tensor, weights_NK: Tensor | None) -> Operands | None:
+        """Return what `feed_forward` takes, or ``None`` where it is not for these experts.
 
         It passes over the projections as modules, so nobody may be waiting for calls of them.
         """
-        activation = self.activation_name()
-        if activation is None or not for_host(x_ND):
+        if not for_host(x_ND) or self.activation_name() is None:
             return None
         if self.norm is not None or not self._are_plain():
             return None
         first, down = self.projections()
         x_ND = _as_autocast(x_ND)
-        up_EGD, up_bias_EG = first.cast_operands(x_ND)
-        down_EFH, down_bias_EF = down.cast_operands(x_ND)
-        tensors = x_ND, weights_NK, up_EGD, up_bias_EG, down_EFH, down_bias_EF
+        tensors = x_ND, weights_NK, *first.cast_operands(x_ND), *down.cast_operands(x_ND)
         if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors):
             return None
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y_NF, _ = feed_forward(*tensors, order_S, ends_E, activation, keep)
+        return tensors
+
+    def _in_one_operator(self, operands: Operands, order_S: Tensor, ends_E: Tensor) -> Tensor:
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        activation = self.activation_name()
+        assert activation is not None
+        y_NF, _ = feed_forward(*operands, order_S, ends_E, activation, keep)
         return y_NF
 
 

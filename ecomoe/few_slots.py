@@ -61,7 +61,7 @@ def forward_few(
     y_SF = _products(hidden_SH, down_EFH.mT, ends_E, groups)
     if down_bias_EF is not None:
         y_SF += down_bias_EF.index_select(0, experts_S)
-    return sum_of_rows(y_SF, _inverse(order_S), gates_NK), pre_SG
+    return _sums_of_tokens(y_SF, order_S, gates_NK, top_k), pre_SG
 
 
 def backward_few(
@@ -97,28 +97,26 @@ def backward_few(
     gated = pre_SG.shape[1] != hidden_SH.shape[1]
     joined_SG = torch.empty_like(pre_SG) if gated else slope_SH
     activate_backward(slope_SH, pre_SG, activation, out=joined_SG)
-    rows_NK = _inverse(order_S).view(-1, top_k)
     grad_x_SD = _products(joined_SG, up_EGD, ends_E, groups)
     num_biases = up_EGD.shape[0] if has_biases else 0
     return (
-        F.embedding_bag(rows_NK, grad_x_SD, mode="sum"),
+        _sums_of_tokens(grad_x_SD, order_S, None, top_k),
         grad_gates_S.view(-1, top_k),
         _outer(joined_SG, x_ND.index_select(0, tokens_S), up_EGD, groups),
-        _sums(joined_SG, experts_S, num_biases),
+        _sums(joined_SG, experts_S, groups, num_biases),
         _outer(grad_SF, hidden_SH, down_EFH, groups),
-        _sums(grad_SF, experts_S, num_biases),
+        _sums(grad_SF, experts_S, groups, num_biases),
     )
 
 
 def _products(x_SX: Tensor, weight_EXY: Tensor, ends_E: Tensor, groups: Groups) -> Tensor:
     """Return each slot's product with its expert's matrix, ``(S, Y)``."""
     # It loops over all experts, but not in Python, and wants rows on multiples of 16 bytes.
-    step = 16 // x_SX.itemsize
-    aligned = weight_EXY.shape[1] % step == 0 == weight_EXY.shape[2] % step
-    whole = weight_EXY.is_contiguous() or weight_EXY.mT.is_contiguous()
-    many = 4 * len(groups) > weight_EXY.shape[0]
-    if many and aligned and whole and x_SX.itemsize <= 4:
-        return F.grouped_mm(x_SX, weight_EXY, offs=ends_E)
+    if 4 * len(groups) > weight_EXY.shape[0] and x_SX.itemsize <= 4:
+        step = 16 // x_SX.itemsize
+        aligned = weight_EXY.shape[1] % step == 0 == weight_EXY.shape[2] % step
+        if aligned and (weight_EXY.is_contiguous() or weight_EXY.mT.is_contiguous()):
+            return F.grouped_mm(x_SX, weight_EXY, offs=ends_E)
     y_SY = x_SX.new_empty(x_SX.shape[0], weight_EXY.shape[2])
     for expert, own in groups:
         torch.mm(x_SX[own], weight_EXY[expert], out=y_SY[own])
@@ -134,12 +132,14 @@ def _outer(a_SX: Tensor, b_SY: Tensor, weight_EXY: Tensor, groups: Groups) -> Te
     return gradient_EXY
 
 
-def _sums(rows_SX: Tensor, experts_S: Tensor, num_experts: int) -> Tensor:
+def _sums(rows_SX: Tensor, experts_S: Tensor, groups: Groups, num_experts: int) -> Tensor:
     """Return the sum of each expert's rows, ``(E, X)``, of none where no sums are wanted."""
     wide = torch.promote_types(rows_SX.dtype, torch.float32)
     sums_EX = rows_SX.new_zeros(num_experts, rows_SX.shape[1], dtype=wide)
     if num_experts:
-        sums_EX.index_add_(0, experts_S, rows_SX.to(wide))
+        single = len(groups) == len(rows_SX)
+        put = sums_EX.index_copy_ if single else sums_EX.index_add_
+        put(0, experts_S, rows_SX.to(wide))
     return sums_EX.to(rows_SX.dtype)
 
 
@@ -148,5 +148,15 @@ def _groups(ends_E: Tensor) -> Groups:
     return [(expert, slice(s, t)) for expert, (s, t) in enumerate(spans) if s < t]
 
 
-def _inverse(order_S: Tensor) -> Tensor:
-    return torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
+def _sums_of_tokens(
+    rows_SX: Tensor, order_S: Tensor, gates_NK: Tensor | None, top_k: int
+) -> Tensor:
+    """Return the gate-weighted sum of each token's slots, ``(N, X)``."""
+    if len(order_S) == top_k:  # one token, whose slots need not be brought into their order
+        if gates_NK is None:
+            return rows_SX.sum(0, keepdim=True)
+        return gates_NK.to(rows_SX.dtype).index_select(1, order_S).mm(rows_SX)
+    rows_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
+    if gates_NK is None:
+        return F.embedding_bag(rows_S.view(-1, top_k), rows_SX, mode="sum")
+    return sum_of_rows(rows_SX, rows_S, gates_NK)

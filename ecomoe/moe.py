@@ -305,18 +305,22 @@ class EcoMoE(nn.Module):
         if self.training:
             self._ask_router()
         routing: Routing = self.router(x_ND, temperature, random_routing)
-        plan = plan_dispatch(routing.expert_ids_NK, num_experts=self.num_experts)
-        weights_NK = routing.weights_NK
-        y_SF = None
+        weights_NK, ids_NK, slots = routing.weights_NK, routing.expert_ids_NK, None
         if self.training and torch.is_grad_enabled():
             y_NKF = None
             if self.divergence_weight > 0:
-                y_SF = self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan)
+                y_SF, plan = slots = self._each_slot(x_ND, ids_NK)
                 y_NKF = unsort_slots(y_SF, plan, top_k=self.top_k)
             weights_NK = self._leave_losses(x_ND, routing, temperature, y_NKF, targets)
         elif self.training:
             self.auxiliary.settle()
-        y_NF = self._mixture(x_ND, y_SF, weights_NK, plan).to(x.dtype)
+        y_NF = None
+        if slots is None and type(self.experts) is FFNExperts:
+            y_NF = self.experts.mixture(x_ND, weights_NK, ids_NK)
+        if y_NF is None:
+            y_SF, plan = slots or self._each_slot(x_ND, ids_NK)
+            y_NF = combine(y_SF, weights_NK, plan)
+        y_NF = y_NF.to(x.dtype)
         if self.output_dropout:
             y_NF = F.dropout(y_NF, self.output_dropout, self.training)
         return y_NF.view(*x.shape[:-1], self.experts.d_output)
@@ -338,15 +342,10 @@ class EcoMoE(nn.Module):
         """Whether there is a starvation loss."""
         return self.usage_floor > 0 and self.strength * self.control.balance_weight > 0
 
-    def _mixture(self, x_ND: Tensor, y_SF: Tensor | None, weights_NK: Tensor, plan: Plan) -> Tensor:
-        """Return the gate-weighted sums of the slots' outputs, if need be of the tokens'."""
-        if y_SF is None and type(self.experts) is FFNExperts:
-            y_NF = self.experts.mixture(x_ND, weights_NK, plan)
-            if y_NF is not None:
-                return y_NF
-        if y_SF is None:
-            y_SF = self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan)
-        return combine(y_SF, weights_NK, plan)
+    def _each_slot(self, x_ND: Tensor, ids_NK: Tensor) -> tuple[Tensor, Plan]:
+        """Return each slot's output of its expert, and which slot is which."""
+        plan = plan_dispatch(ids_NK, num_experts=self.num_experts)
+        return self.experts(scatter_to_experts(x_ND, plan, top_k=self.top_k), plan), plan
 
     def _leave_losses(
         self,
