@@ -301,7 +301,7 @@ _read_cell.register_autograd(lambda ctx, grad: (None, None))
 def auxiliary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AuxiliarySlot]]:
     """Yield (name, layer, slot) of every layer of ``model`` that computes auxiliary losses."""
     for name, module in model.named_modules():
-        slot = getattr(module, "auxiliary", None)
+        slot = vars(module).get("auxiliary")  # to ask the module itself takes ten times as long
         if isinstance(slot, AuxiliarySlot):
             yield name, module, slot
 

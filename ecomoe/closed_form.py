@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ecomoe import losses
 from ecomoe.losses import Affinity, Means, ShareReducer, Shares, Wanted
-from ecomoe.pieces import for_host
+from ecomoe.pieces import for_host, is_readable
 from ecomoe.routing import Routing, without_autocast
 
 # Scores of which several passes stay in the cache: 1 MiB in 32 bits.
@@ -148,11 +148,14 @@ def _evaluate(
     if wanted.entropy:
         cool = _parts(routing.probs_NE, blocks)
         weight = weights["entropy"] / max(num_tokens, 1)
-        scale = temperature.to(logits_NE.dtype).reciprocal().mul_(weight)
+        scale = (
+            weight / float(temperature)
+            if is_readable(temperature)
+            else temperature.to(logits_NE.dtype).reciprocal().mul_(weight)
+        )
         terms["entropy"] = _entropy(slopes, cool, scale=scale)
     if wanted.balance:
-        terms["balance"] = losses.balance_loss(shares)
-        _add_balance(slopes, probs, shares, weight=weights["balance"])
+        terms["balance"] = _add_balance(slopes, probs, shares, weight=weights["balance"])
     if wanted.floor > 0:
         # Other ranks would wait for one that knows it, and fewer tokens than experts starve some.
         known = ranks is None and num_tokens >= shares.top1_E.numel()
@@ -176,15 +179,15 @@ def _evaluate(
 
 def _add_balance(
     slopes: list[Tensor], probs: list[Tensor], shares: Shares, *, weight: float
-) -> None:
-    """Add the gradient of `losses.balance_loss` by the logits to ``slopes``."""
-    importance_E, top1_E, topk_E, _ = shares
-    num_tokens, num_experts = _size(probs)
-    slope_E = losses.positive(importance_E * num_experts).log_()
-    slope_E.add_(top1_E + topk_E, alpha=num_experts).mul_(weight / max(num_tokens, 1))
+) -> Tensor:
+    """Return `losses.balance_loss`; add its gradient by the logits to ``slopes``."""
+    num_tokens, _ = _size(probs)
+    loss, slope_E = losses.balance(shares)
+    slope_E.mul_(weight / max(num_tokens, 1))
     for grad_NE, probs_NE in zip(slopes, probs, strict=True):
         mean_N1 = probs_NE.mv(slope_E).unsqueeze(1)
         grad_NE.addcmul_(probs_NE, slope_E - mean_N1)
+    return loss
 
 
 def _starvation(
@@ -222,7 +225,7 @@ def _starvation(
     return losses.pull_on_starving(want_E, shares, affinity)
 
 
-def _entropy(slopes: list[Tensor], probs: list[Tensor], *, scale: Tensor) -> Tensor:
+def _entropy(slopes: list[Tensor], probs: list[Tensor], *, scale: Tensor | float) -> Tensor:
     """Return `losses.entropy_loss` of ``softmax(logits / T)``; write its gradient to ``slopes``."""
     num_tokens, num_experts = _size(probs)
     tiny = torch.finfo(probs[0].dtype).tiny

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecomoe.pieces import are_operators_seen, for_host
+from ecomoe.pieces import is_readable
 from ecomoe.routing import without_autocast
 
 # Of a mean over tokens, its own unit, one token has no more where there are no more tokens. Of the
@@ -82,14 +82,22 @@ def balance_loss(shares: Shares) -> Tensor:
     (straight-through): ``dCV^2 = 2 E sum(share * d importance)``, twice the Switch Transformer's
     ``E sum(f P)`` (equation 4 there). Both bases are in it because the taxonomy counts both.
     """
-    importance_E, top1_E, topk_E, _ = shares
-    num_experts = importance_E.numel()
-    kl = importance_E.dot(positive(importance_E * num_experts).log())
-    squares = top1_E.dot(top1_E) + topk_E.dot(topk_E)
-    loss = kl + (squares * (num_experts / 2) - 1.0)
+    importance_E = shares.importance_E
+    loss, _ = balance(shares)
     if not importance_E.requires_grad:
         return loss
-    return loss + num_experts * (top1_E + topk_E).dot(importance_E - importance_E.detach())
+    num_experts, counts_E = importance_E.numel(), shares.top1_E + shares.topk_E
+    return loss + num_experts * counts_E.dot(importance_E - importance_E.detach())
+
+
+def balance(shares: Shares) -> tuple[Tensor, Tensor]:
+    """Return the value of `balance_loss`, and its gradient by the importance, up to a constant."""
+    importance_E, top1_E, topk_E, _ = shares
+    num_experts = importance_E.numel()
+    log_E = positive(importance_E * num_experts).log()
+    squares = top1_E.dot(top1_E) + topk_E.dot(topk_E)
+    loss = importance_E.dot(log_E) + (squares * (num_experts / 2) - 1.0)
+    return loss, torch.add(log_E, top1_E + topk_E, alpha=num_experts)
 
 
 class Affinity(NamedTuple):
@@ -142,7 +150,7 @@ def is_none_starving(shares: Shares, *, floor: float) -> bool:
     `starvation_loss` is 0 then and has no gradient: nobody has to compute it.
     """
     top1_E = shares.top1_E
-    if type(top1_E) is not Tensor or not for_host(top1_E) or are_operators_seen():
+    if not is_readable(top1_E):
         return False
     least = torch.minimum(top1_E, shares.topk_E).min()
     return bool(least >= floor / top1_E.numel())

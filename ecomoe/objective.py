@@ -14,6 +14,7 @@ from ecomoe import closed_form, losses
 from ecomoe.experts import Experts
 from ecomoe.losses import ShareReducer, Wanted
 from ecomoe.oracle import Oracle, imitation_loss
+from ecomoe.pieces import is_readable
 from ecomoe.routing import Routing
 
 
@@ -69,6 +70,9 @@ def share_annealed(
     if first == last:
         return 1.0
     # Outside of the span are a checkpoint of a layer that started hotter, and rounding.
+    if is_readable(temperature):  # a tensor takes as long as ten numbers
+        share_to_go = min(max((float(temperature) - last) / (first - last), 0.0), 1.0)
+        return 1.0 - (1.0 - at_start) * share_to_go
     to_go = ((temperature - last) / (first - last)).clamp(0.0, 1.0)
     return torch.rsub(to_go, 1.0, alpha=1.0 - at_start)
 

@@ -58,6 +58,11 @@ def are_operators_seen() -> bool:
     return traced or is_in_torch_dispatch_mode()
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values may be read here and now: nothing waits, and nobody looks on."""
+    return type(tensor) is Tensor and for_host(tensor) and not are_operators_seen()
+
+
 @dataclass(frozen=True)
 class Piece:
     """Slots of one expert, or of neighbouring experts.

@@ -186,6 +186,15 @@ class TestExplicit:
         model(batch()[0])
         assert ecomoe.aux_loss(model) == ecomoe.aux_loss(model) > 0
 
+    @pytest.mark.parametrize("wrap", ["layer", "part"])
+    def test_a_compiled_layer_counts_once(self, wrap):
+        layer = EcoMoE(8, 8, tiers=(4,))
+        compiled = torch.compile(layer, backend="eager")  # passes on what it is asked for
+        layer(torch.randn(5, 8))
+        model = compiled if wrap == "layer" else torch.nn.Sequential(compiled)
+        assert ecomoe.aux_loss(model).item() == pytest.approx(ecomoe.aux_loss(layer).item())
+        assert len(list(auxiliary_layers(model))) == 1
+
     def test_evaluation_has_none(self):
         model = Classifier()
         model.eval()(batch()[0])
