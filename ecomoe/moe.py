@@ -18,13 +18,7 @@ from ecomoe.activations import ACTIVATIONS, Activation
 from ecomoe.auxiliary import AuxiliarySlot
 from ecomoe.control import Control
 from ecomoe.dispatch import Plan, combine, plan_dispatch, scatter_to_experts, unsort_slots
-from ecomoe.experts import (
-    ExpertLinear,
-    Experts,
-    FFNExperts,
-    HeadExperts,
-    autocast_dtype,
-)
+from ecomoe.experts import ExpertLinear, Experts, FFNExperts, HeadExperts, autocast_dtype
 from ecomoe.losses import ShareReducer
 from ecomoe.objective import other_terms, routing_losses, share_annealed
 from ecomoe.oracle import Oracle, choose_oracle
