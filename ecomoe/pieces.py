@@ -31,9 +31,12 @@ FEW_ROWS = 64
 # Between which rows an expert ``(W x^T)^T`` is faster than ``x W^T``, although it has to be
 # transposed: 0.7 of the time at 16 rows, for MKL in 32 bits (True) and oneDNN in 16 (False).
 WEIGHTS_FIRST = {True: (8, 56), False: (0, 56)}
-# Values from which on turning an operand of few rows before a product takes less time than leaving
-# that to the product: 0.5 of it, both together, at 48 rows.
+# Values from which on turning an operand, some rows at a time, before a product takes less time
+# than leaving that to the product: both together 0.5 of it at 48 rows. With more rows than few,
+# operands have to be so wide, too.
 TURNED = 2**16
+TURNED_ROWS = 32
+TURNED_WIDTH = 512
 # Experts of a piece: few numbers, for the kernels' sake.
 BATCHES = (8, 4, 2)
 # Bytes of zeros from which fresh pages cost less than writing them.
@@ -285,8 +288,11 @@ def add_outer(
         total_EXY[piece.expert].addmm_(a_BPX[0].mT, b_BPY[0])
     elif total_EXY.itemsize <= 2:
         a_BXP = a_BPX.mT
-        if _pays_to_turn(a_BPX):
-            a_BXP = memory[: a_BXP.numel()].view(a_BXP.shape).copy_(a_BXP)
+        if _pays_to_turn(a_BPX, b_BPY.shape[2]):
+            a_BXP = memory[: a_BXP.numel()].view(a_BXP.shape)
+            for start in range(0, piece.rows, TURNED_ROWS):
+                rows = slice(start, start + TURNED_ROWS)
+                a_BXP[..., rows].copy_(a_BPX[:, rows].mT)
         product(a_BXP, b_BPY, out=total_EXY[piece.experts])
     else:
         total_BXY = total_EXY[piece.experts]
@@ -295,10 +301,11 @@ def add_outer(
             torch.mm(a_BPX[index, own].mT, b_BPY[index, own], out=total_BXY[index])
 
 
-def _pays_to_turn(a_BPX: Tensor) -> bool:
-    # oneDNN turns a first operand more slowly, for AMX, which has no fp16 on most machines.
-    few = a_BPX.shape[1] <= FEW_ROWS and a_BPX.numel() >= TURNED
-    return few and a_BPX.dtype == torch.bfloat16
+def _pays_to_turn(a_BPX: Tensor, width: int) -> bool:
+    # oneDNN turns a first operand again for each block of columns, for AMX, which mostly has no
+    # fp16; of small ones the calls take longer than that.
+    few, wide = a_BPX.shape[1] <= FEW_ROWS, min(a_BPX.shape[2], width) >= TURNED_WIDTH
+    return a_BPX.dtype == torch.bfloat16 and a_BPX.numel() >= TURNED and (few or wide)
 
 
 def empty_gradient(weight_EXY: Tensor, busy: Collection[int]) -> Tensor:

@@ -15,6 +15,7 @@ from ecomoe.pieces import (
     MAX_PIECE_ROWS,
     MAX_ROWS,
     TURNED,
+    TURNED_WIDTH,
     Layout,
     Piece,
     add_outer,
@@ -89,12 +90,13 @@ def test_several_experts_with_about_the_most_rows(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width"), [(16, 3), (48, TURNED // 64), (80, TURNED // 64)])
-def test_gradients_of_weights_whether_or_not_operands_are_turned(dtype, rows, width):
+@pytest.mark.parametrize(("rows", "width"), [(16, 3), (48, TURNED // 64), (80, TURNED_WIDTH)])
+@pytest.mark.parametrize("other", [5, TURNED_WIDTH])
+def test_gradients_of_weights_whether_or_not_operands_are_turned(dtype, rows, width, other):
     torch.manual_seed(0)
-    a_BPX, b_BPY = torch.randn(2, rows, width).to(dtype), torch.randn(2, rows, 5).to(dtype)
+    a_BPX, b_BPY = (torch.randn(2, rows, each).to(dtype) for each in (width, other))
     piece = Piece(1, ((0, rows), (rows, 2 * rows)), rows, True)
-    total_EXY = torch.full((4, width, 5), torch.nan, dtype=dtype)
+    total_EXY = torch.full((4, width, other), torch.nan, dtype=dtype)
     before = a_BPX.clone()
     add_outer(a_BPX, b_BPY, piece, total_EXY, a_BPX.new_empty(a_BPX.numel()))
     expected = a_BPX.double().mT @ b_BPY.double()
