@@ -60,8 +60,8 @@ class Plan:
 PLANS = {
     "gpt": Plan(
         title="GPT on bytes",
-        steps=150,
-        sparse_steps=133,
+        steps=400,
+        sparse_steps=355,
         batch=16,
         d_model=192,
         layers=4,
@@ -72,8 +72,8 @@ PLANS = {
     ),
     "vit": Plan(
         title="ViT",
-        steps=150,
-        sparse_steps=111,
+        steps=600,
+        sparse_steps=425,
         batch=64,
         d_model=128,
         layers=4,
@@ -164,7 +164,7 @@ class ImageTask:
 
     def test_batches(self) -> list[Batch]:
         """Return the batches that every evaluation takes."""
-        pixels, labels = (part[:384] for part in self.images.test)
+        pixels, labels = (part[:1024] for part in self.images.test)
         return list(zip(pixels.split(128), labels.split(128), strict=True))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
