@@ -1,5 +1,6 @@
 """The benchmark's instruments: what they measure is what they say. Nothing here is timed."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -102,6 +103,26 @@ def test_every_round_has_all_contenders_and_slow_ones_have_fewer():
     )
     assert [each.calls for each in (*fast, slow, hopeless)] == [10, 10, 10, 1 + 3 + 3, 1 + 3]
     assert paired(slow, fast[0], "both") == [6.0, 6.0, 6.0]
+
+
+def test_nobody_always_follows_the_same_contender():
+    """Who comes after the dense twin finds the cache that it leaves, say."""
+    called = []
+
+    class Caller(Contender):
+        def call(self, kind, x_ND, grad_ND):
+            called.append(self.name)
+            return 1.0
+
+    contenders = [Caller(name, nn.Identity()) for name in "abcd"]
+    batch = (torch.zeros(1), torch.zeros(1))
+    race(contenders, ("both",), lambda: batch, seconds=0.0, fewest=20, most=20, warm_up=0)
+    rounds = [called[i : i + 4] for i in range(0, len(called), 4)]
+    assert all(sorted(each) == list("abcd") for each in rounds)
+    followed = {name: set() for name in "abcd"}
+    for one, other in (pair for each in rounds for pair in itertools.pairwise(each)):
+        followed[one].add(other)
+    assert all(len(others) == 3 for others in followed.values())
 
 
 def test_quartiles():

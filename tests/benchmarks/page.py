@@ -101,9 +101,9 @@ def _setting(machine: dict[str, Any], machines: dict[str, Machine]) -> str:
         "tests.benchmarks.models --quick`: `layer --full --list` prints the names of shapes, "
         "`--shape NAME --again` measures one anew, `--full` the whole grid, `--compiled` compiled "
         "forms too; `python -m tests.benchmarks.gpu` measures on a GPU."
-        "\n\nEach round draws a new batch and a new routing, which all contenders get in turn, the "
-        "first in turn too: row counts are new in every step, as in training. Gradients are None "
-        "before each step."
+        "\n\nEach round draws a new batch and a new routing, which all contenders get in an "
+        "order drawn for the round: row counts are new in every step, as in training. Gradients "
+        "are None before each step."
     )
 
 

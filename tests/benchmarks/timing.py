@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 import weakref
@@ -155,7 +156,9 @@ def race(
     most: int,
     warm_up: int = 2,
 ) -> None:
-    """Call all contenders in turn on one fresh batch a round, until the time is over.
+    """Call all contenders on one fresh batch a round, until the time is over.
+
+    Their order is drawn anew in every round: who comes after whom finds another cache.
 
     Args:
         contenders: The first is what the others' slowness is told by.
@@ -166,13 +169,13 @@ def race(
         most: Rounds at most.
         warm_up: Rounds before the first that counts.
     """
+    orders = random.Random(0)
     began = time.perf_counter()
     for index in range(-warm_up, most):
         if index >= fewest and time.perf_counter() - began > seconds:
             return
         x_ND, grad_ND = draw()
-        turn = index % len(contenders)  # each comes first, so that none always finds a warm cache
-        for contender in contenders[turn:] + contenders[:turn]:
+        for contender in orders.sample(contenders, len(contenders)):
             if index >= FEWEST and (contender.stride == 0 or index % contender.stride):
                 continue
             for kind in kinds:
