@@ -69,6 +69,15 @@ def test_saved_bytes_counts_each_storage_once_and_no_weight():
     assert found == 10 * 8 * 4 + 10 * 4 * 4
 
 
+def test_saved_bytes_leaves_out_what_is_gone_with_its_node():
+    class Glance(nn.Module):
+        def forward(self, x_ND):
+            x_ND.softmax(-1)  # saves its own result, which nobody reads
+            return 2.0 * x_ND
+
+    assert Contender("glance", Glance()).saved_bytes(torch.randn(10, 8)) == 0
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell")
 def test_peak_bytes_sees_what_is_freed_again():
     class Detour(nn.Module):

@@ -111,7 +111,8 @@ class Contender:
         kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
         def pack(tensor: Tensor) -> _Saved:
-            saved = _Saved(tensor)
+            # Without its graph: an output would keep the node alive that saved it.
+            saved = _Saved(tensor.detach())
             kept.add(saved)
             return saved
 
