@@ -3,6 +3,7 @@
     python -m examples.balance_benchmark --seeds 3 --data path/to/cifar10 --data path/to/text.txt
     python -m examples.balance_benchmark --seeds 6 heads=12
     python -m examples.balance_benchmark --tasks vit --policies ecomoe switch --seeds 1
+    python -m examples.balance_benchmark --tasks vit --steps vit=200
     python -m examples.balance_benchmark --table
 
 Every run is resumable, and a run that is done is not done again.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -329,14 +330,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", nargs="+", default=["3"], metavar="N", help="of all tasks, or of one: heads=12"
     )
+    parser.add_argument(
+        "--steps", nargs="+", default=[], metavar="N", help="of all tasks, or of one: vit=200"
+    )
     parser.add_argument("--scale", choices=SIZES, default="small")
     parser.add_argument("--data", action="append", default=[], metavar="SOURCE")
     parser.add_argument("--out", type=Path, default=Path("runs/balance"))
     parser.add_argument("--results", type=Path, help="JSON file of all runs; OUT/balance.json")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     options = parser.parse_args(arguments)
+    size = SIZES[options.scale]
     try:
         seeds = count_seeds(options.seeds, options.tasks)
+        size = replace(size, steps=count_by_task("--steps", options.steps, size.steps))
     except ValueError as error:
         parser.error(str(error))
     console = Console()
@@ -358,7 +364,6 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         show(runs, console)
         return
-    size = SIZES[options.scale]
     try:
         images, text = load(options.data)
     except ValueError as error:
@@ -410,15 +415,20 @@ def show(runs: list[Record], console: Console) -> None:
 
 def count_seeds(given: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
     """Return how many seeds each task has, from ``["6", "heads=12"]``."""
-    counts = dict.fromkeys(tasks, 3)
+    return count_by_task("--seeds", given, dict.fromkeys(tasks, 3))
+
+
+def count_by_task(option: str, given: Sequence[str], otherwise: dict[str, int]) -> dict[str, int]:
+    """Return a number for each task, from ``["6", "heads=12"]`` and what holds where none is."""
+    counts = dict(otherwise)
     for each in sorted(given, key=lambda each: "=" in each):
         name, named, count = each.rpartition("=")
-        if not count.isdecimal() or int(count) < 1 or (named and name not in tasks):
+        if not count.isdecimal() or int(count) < 1 or (named and name not in counts):
             raise ValueError(
-                f"--seeds {each} must be a count of at least 1, or one task's, as heads=12; "
-                f"tasks are {', '.join(tasks)}"
+                f"{option} {each} must be a count of at least 1, or one task's, as heads=12; "
+                f"tasks are {', '.join(counts)}"
             )
-        counts.update(dict.fromkeys([name] if named else tasks, int(count)))
+        counts.update(dict.fromkeys([name] if named else counts, int(count)))
     return counts
 
 
@@ -429,7 +439,10 @@ def _command(options: argparse.Namespace) -> str:
         parts.append(f"--tasks {' '.join(options.tasks)}")
     if list(options.policies) != list(POLICIES):
         parts.append(f"--policies {' '.join(options.policies)}")
-    return " ".join([*parts, f"--seeds {' '.join(options.seeds)}", "--data DIR --data TEXT"])
+    parts.append(f"--seeds {' '.join(options.seeds)}")
+    if options.steps:
+        parts.append(f"--steps {' '.join(options.steps)}")
+    return " ".join([*parts, "--data DIR --data TEXT"])
 
 
 if __name__ == "__main__":

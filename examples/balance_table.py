@@ -234,6 +234,27 @@ def promise(runs: list[Record]) -> str:
     return " ".join(said)
 
 
+def told_over_training(runs: list[Record]) -> str:
+    """Say what a living expert tells at each evaluation, beside no balancing."""
+    said = []
+    for task, cells in _cells(runs).items():
+        figures = []
+        for name in ("ecomoe", "none"):
+            by_percent: dict[float, list[float]] = {}
+            for record in (record for run in cells.get(name, ()) for record in run["history"]):
+                told_now = record["information_of_living"]
+                by_percent.setdefault(record["percent"], []).append(told_now)
+            percents = ", ".join(f"{percent:.0f}" for percent in by_percent)
+            figures.append(", ".join(f"{mean(values):.3f}" for values in by_percent.values()))
+        if all(figures):
+            steps = cells["ecomoe"][0]["steps"]
+            said.append(
+                f"{task} at {percents} % of {steps} steps: {figures[0]}; without balancing "
+                f"{figures[1]}"
+            )
+    return f"What a living expert tells as it is trained, nats: {'. '.join(said)}." if said else ""
+
+
 def _told(ours: dict[int, float], theirs: dict[int, float], form: str) -> str:
     """Say whose routing tells more of the label, from values by seed."""
     mine, other = (spread(list(values.values())).mean for values in (ours, theirs))

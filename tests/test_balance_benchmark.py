@@ -7,7 +7,7 @@ import torch
 
 from ecomoe import EcoMoE
 from examples import balance_benchmark
-from examples.balance_table import promise, rows
+from examples.balance_table import promise, rows, told_over_training
 from examples.policies import POLICIES, BiasedRouter, LossFree, SwitchLoss
 
 
@@ -146,6 +146,23 @@ def test_what_routing_tells_has_an_interval_over_seeds():
     assert "difference -0.024 to +0.224)" in said
 
 
+def test_what_a_living_expert_tells_is_said_for_each_evaluation():
+    def at(values):
+        return [
+            {"percent": percent, "information_of_living": told}
+            for percent, told in zip((50.0, 100.0), values, strict=True)
+        ]
+
+    runs = [
+        finished("ecomoe", 0) | {"steps": 80, "history": at((0.1, 0.3))},
+        finished("ecomoe", 1) | {"steps": 80, "history": at((0.3, 0.4))},
+        finished("none", 0) | {"steps": 80, "history": at((0.1, 0.2))},
+    ]
+    said = told_over_training(runs)
+    assert "text at 50, 100 % of 80 steps: 0.200, 0.350; without balancing 0.100, 0.200." in said
+    assert told_over_training(runs[:2]) == ""
+
+
 def test_losses_are_compared_with_the_best_other_policys_seed_by_seed():
     # Seeds differ by far more than policies.
     losses = {"ecomoe": (1.001, 2.001, 3.003), "switch": (1.0, 2.0, 3.0), "bias": (5.0, 5.0, 5.0)}
@@ -172,6 +189,13 @@ def test_seeds_of_all_tasks_and_of_one():
 def test_seeds_of_one_task_go_before_those_of_all_in_any_order():
     counts = balance_benchmark.count_seeds(["heads=4", "2"], balance_benchmark.TASKS)
     assert (counts["heads"], counts["vit"]) == (4, 2)
+
+
+def test_steps_of_one_task():
+    count = balance_benchmark.count_by_task
+    assert count("--steps", ["vit=200"], {"vit": 800, "text": 400}) == {"vit": 200, "text": 400}
+    with pytest.raises(ValueError, match=r"--steps nobody=2 must be .* tasks are vit, text"):
+        count("--steps", ["nobody=2"], {"vit": 800, "text": 400})
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "two", "heads=0", "nobody=2", "heads=", "=3"])

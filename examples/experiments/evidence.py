@@ -9,7 +9,15 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
-from examples.balance_table import HEADINGS, TITLE, glossary, losses, promise, rows
+from examples.balance_table import (
+    HEADINGS,
+    TITLE,
+    glossary,
+    losses,
+    promise,
+    rows,
+    told_over_training,
+)
 from examples.experiments.claims import CLAIMS, FIRST_VERSION, Claim, missing
 from examples.experiments.equifinality_table import section
 from examples.experiments.figures import (
@@ -260,19 +268,23 @@ def _benchmark(content: Record) -> str:
     runs = content["runs"]
     # Other work on the machine decides how long a run takes.
     kept = [index for index, heading in enumerate(HEADINGS) if heading != "seconds"]
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    of = "" if len(tasks) > 1 else f": {tasks[0]}, {runs[0]['steps']} steps"
     lines = [
-        "## Balance benchmark\n",
+        f"## Balance benchmark{of}\n",
         glossary(runs) + "\n",
         f"{TITLE}. Loss is cross-entropy on test data, nats; it is tested for being worse than the "
         "best other policy's by less than 1 % of it (the upper of the two one-sided tests, "
         "paired by seed; below p = 0.05 it is not worse). Images: "
         f"{content['images']}; text: {content['text']}.",
         f"\n    {content['command']}\n",
-        *(f"{said}\n" for said in (losses(runs), promise(runs)) if said),
+        *(f"{said}\n" for said in (losses(runs), promise(runs), told_over_training(runs)) if said),
         "Intervals are 95 %, by Student's t over seeds. Weighed by its tokens, what living experts "
-        "tell adds up to what the routing tells; *a living expert* is the unweighed mean, in which "
-        "a rare niche counts as much as an expert of many tokens. *nats / living* rises as fewer "
-        "live: what a model knows of the label is shared out among them.\n",
+        "tell adds up to what the routing tells; *a living expert* is the unweighed mean over "
+        "experts that live on both bases, in which a rare niche counts as much as an expert of "
+        "many tokens. What chance tells is subtracted; an image's patches count for as many as "
+        "would be independent. *nats / living* rises as fewer live: what a model knows of the "
+        "label, at most the labels' entropy, is shared out among them.\n",
         "| " + " | ".join(HEADINGS[index] for index in kept) + " |",
         "|---" * len(kept) + "|",
     ]
