@@ -335,6 +335,13 @@ def test_page_and_plots_are_made_of_a_record(record):
     assert plots.curves(races["gpt"]).count("<polyline") == 2
 
 
+def test_page_names_peers_that_were_not_asked_for(record):
+    assert "grouped_mm" not in record["contenders"]
+    results = {"machine": {}, "constants": CONSTANTS, "layers": with_ratio(record, LARGE, 1.0)}
+    results["machine"] = {"processor": "a processor", "cores": 2, "threads": 1, "date": "today"}
+    assert "- `grouped_mm` at 1 of 1 shapes: not asked for (`--only`)" in page.page(results, {})
+
+
 def test_page_has_compiled_forms_where_they_were_measured(record):
     layers = with_ratio(record, LARGE, 1.234)
     results = {

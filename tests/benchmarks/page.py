@@ -11,6 +11,7 @@ from typing import Any
 from ecomoe.machines import Machine
 from tests.benchmarks import race_page
 from tests.benchmarks.aims import (
+    LOSSLESS,
     OURS,
     Records,
     best_peer,
@@ -149,7 +150,9 @@ def _layers(records: Records, machines: dict[str, Machine]) -> str:
 def _left_out(records: Records) -> str:
     reasons: dict[tuple[str, str], int] = {}
     for record in records.values():
-        for name, reason in record["left_out"].items():
+        absent = (name for name in (*LOSSLESS, "st_moe") if name not in record["contenders"])
+        not_asked = dict.fromkeys(absent, "not asked for (`--only`)")
+        for name, reason in (not_asked | record["left_out"]).items():
             reasons[name, reason] = reasons.get((name, reason), 0) + 1
     lines = [
         f"- `{name}` at {count} of {len(records)} shapes: {reason}"
