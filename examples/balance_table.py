@@ -241,9 +241,10 @@ def told_over_training(runs: list[Record]) -> str:
         figures = []
         for name in ("ecomoe", "none"):
             by_percent: dict[float, list[float]] = {}
-            for record in (record for run in cells.get(name, ()) for record in run["history"]):
-                told_now = record["information_of_living"]
-                by_percent.setdefault(record["percent"], []).append(told_now)
+            for run in cells.get(name, ()):
+                for record in run.get("history", ()):
+                    told_now = record["information_of_living"]
+                    by_percent.setdefault(record["percent"], []).append(told_now)
             percents = ", ".join(f"{percent:.0f}" for percent in by_percent)
             figures.append(", ".join(f"{mean(values):.3f}" for values in by_percent.values()))
         if all(figures):

@@ -269,7 +269,7 @@ def _benchmark(content: Record) -> str:
     # Other work on the machine decides how long a run takes.
     kept = [index for index, heading in enumerate(HEADINGS) if heading != "seconds"]
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    of = "" if len(tasks) > 1 else f": {tasks[0]}, {runs[0]['steps']} steps"
+    of = "" if len(tasks) > 1 else f": {tasks[0]}"
     lines = [
         f"## Balance benchmark{of}\n",
         glossary(runs) + "\n",
