@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ecomoe import EcoMoE
 from examples.experiments.analysis import (
     auc,
     bootstrap_auc,
@@ -15,7 +16,7 @@ from examples.experiments.analysis import (
 from examples.experiments.claims import CLAIMS
 from examples.experiments.complexity import critical_e, fit_said, fits
 from examples.experiments.figures import revival
-from examples.experiments.measure import expert_information, mutual_information
+from examples.experiments.measure import evaluate, expert_information, mutual_information
 
 
 def test_what_a_living_expert_tells():
@@ -41,6 +42,14 @@ def test_patches_of_one_image_are_not_as_many_witnesses():
     assert found < 0.04
     each = expert_information(joint_EC, [True] * 8, effective_E=effective_E)
     assert each < 0.04 < expert_information(joint_EC, [True] * 8)
+
+
+def test_a_batch_without_samples_changes_no_count():
+    layer = EcoMoE(8, 8, tiers=(4,))
+    full = (torch.randn(6, 8), torch.arange(6) % 3)
+    empty = (torch.randn(0, 8), torch.zeros(0, dtype=torch.int64))
+    alone, both = (evaluate(layer, batches, labels=8) for batches in ([full], [empty, full]))
+    assert alone["layers"] == both["layers"]
 
 
 def test_mutual_information_of_independent_and_of_equal_variables():

@@ -45,7 +45,7 @@ class LayerCounts:
     def read_router(self, module: nn.Module, args: tuple[Any, ...], routing: Any) -> None:
         """Forward hook of the router."""
         self.ids_NK = routing.expert_ids_NK.cpu()
-        if self.probe_MD is None:
+        if self.probe_MD is None and len(args[0]):
             x_ND = args[0].detach()
             self.probe_MD = x_ND[:: max(len(x_ND) // NUM_PROBES, 1)][:NUM_PROBES]
 
@@ -58,12 +58,12 @@ class LayerCounts:
         """Add the outcomes of the last forward pass."""
         assert self.ids_NK is not None
         first_N = self.ids_NK[:, 0]
-        first_BM = first_N.view(len(targets_N), -1)  # several tokens (patches) a sample in vision
+        repeats = len(first_N) // max(len(targets_N), 1)  # tokens (patches) a sample in vision
+        first_BM = first_N.view(len(targets_N), repeats)
         counts_BE = torch.zeros(len(first_BM), len(self.top1_E))
         counts_BE.scatter_add_(1, first_BM, torch.ones(first_BM.shape))
         self.squares_E += counts_BE.square().sum(0)
         self.samples += len(first_BM)
-        repeats = first_BM.shape[1]
         if repeats > 1:
             labels_N, targets_N, correct_N, sure_N = (
                 values.repeat_interleave(repeats)
